@@ -1,0 +1,1 @@
+"""Control plane: the operator that runs GRPOJob objects on Kubernetes."""

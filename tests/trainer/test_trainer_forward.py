@@ -1,0 +1,103 @@
+"""The packed forward pass against Hugging Face's own, one sequence at a time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer_helpers import options_for, save_tiny_model, sequences_of, single_rank
+from transformers import AutoModelForCausalLM
+
+from grpo_worker.errors import ConfigError, DataError
+from grpo_worker.trainer.batch import Sequences
+from grpo_worker.trainer.model import PolicyModel, build_policy, load_language_model, named_parameters
+from grpo_worker.trainer.options import TrainerOptions
+from grpo_worker.trainer.update import compute_log_probs
+
+LENGTHS = [(5, 7), (3, 40), (10, 4), (6, 6), (1, 1), (2, 30)]
+
+
+def policy(options: TrainerOptions) -> PolicyModel:
+    return build_policy(load_language_model(options), options, single_rank().mesh)
+
+
+def plain_log_probs(model: Path, sequences: Sequences, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    log_probs, entropies = [], []
+    for i in range(sequences.count):
+        ids = torch.from_numpy(
+            sequences.token_ids[sequences.token_offsets[i] : sequences.token_offsets[i + 1]].astype(np.int64)
+        )
+        with torch.no_grad():
+            logits = lm(ids[None]).logits[0] / temperature
+        table = torch.log_softmax(logits, dim=-1)
+        prompt = int(sequences.prompt_lengths[i])
+        rows = table[prompt - 1 : -1]
+        log_probs.append(rows.gather(-1, ids[prompt:, None]).squeeze(-1))
+        entropies.append(-(rows.exp() * rows).sum(-1))
+    return torch.cat(log_probs).numpy(), torch.cat(entropies).numpy()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"max_token_len_per_gpu": 4096},
+        {"max_token_len_per_gpu": 48},
+        {"log_prob_micro_batch_size_per_gpu": 1},
+        {"log_prob_micro_batch_size_per_gpu": 3, "use_remove_padding": False},
+    ],
+    ids=["one row", "token budget", "one by one", "padded"],
+)
+def test_log_probs_and_entropy_equal_plain_transformers(
+    tmp_path: Path, tied: bool, temperature: float, packing: dict[str, int]
+) -> None:
+    model = save_tiny_model(tmp_path, tied=tied)
+    options = options_for(model, temperature=temperature, **packing)
+    sequences = sequences_of(LENGTHS)
+    log_probs, entropy = compute_log_probs(policy(options), sequences, options, single_rank())
+    expected_log_probs, expected_entropy = plain_log_probs(model, sequences, temperature)
+    np.testing.assert_allclose(log_probs, expected_log_probs, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5)
+
+
+def test_a_neighbour_in_the_row_changes_nothing(tmp_path: Path) -> None:
+    options = options_for(save_tiny_model(tmp_path))
+    model = policy(options)
+    alone, _ = compute_log_probs(model, sequences_of([(5, 7)], seed=3), options, single_rank())
+    both = sequences_of([(5, 7), (5, 7)], seed=3)
+    together, _ = compute_log_probs(model, both, options, single_rank())
+    first = sequences_of([(5, 7)], seed=3).token_ids
+    assert (both.token_ids[:12] == first).all()
+    np.testing.assert_allclose(together[:7], alone, atol=1e-6)
+
+
+def test_parameter_names_are_the_checkpoints(tmp_path: Path) -> None:
+    options = options_for(save_tiny_model(tmp_path, tied=True))
+    names = [name for name, _ in named_parameters(policy(options))]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert names == [name for name, _ in plain.named_parameters()]
+    assert "lm_head.weight" not in names
+
+
+def test_a_missing_model_names_its_path(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.path.*nowhere"):
+        load_language_model(options_for(tmp_path / "nowhere"))
+
+
+def test_a_short_attention_window_is_refused_unless_padded(tmp_path: Path) -> None:
+    model = save_tiny_model(
+        tmp_path, use_sliding_window=True, sliding_window=32, layer_types=["sliding_attention", "full_attention"]
+    )
+    with pytest.raises(ConfigError, match="useRemovePadding"):
+        load_language_model(options_for(model))
+    options = options_for(model, use_remove_padding=False)
+    sequences = sequences_of([(20, 40), (3, 5)])
+    log_probs, _ = compute_log_probs(policy(options), sequences, options, single_rank())
+    np.testing.assert_allclose(log_probs, plain_log_probs(model, sequences, 1.0)[0], atol=1e-5)
+
+
+def test_sequences_longer_than_the_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_position_embeddings of 256"):
+        load_language_model(options_for(save_tiny_model(tmp_path), max_response_tokens=512))

@@ -1,0 +1,226 @@
+"""Gradients and updates on one rank: against plain Transformers, and against each other however the batch is cut."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trainer_helpers import (
+    batch_message,
+    options_for,
+    recorded_update,
+    relative_difference,
+    save_tiny_model,
+    sequences_of,
+    single_rank,
+    whole_parameters,
+)
+from transformers import AutoModelForCausalLM
+
+from grpo_worker.errors import DataError
+from grpo_worker.trainer.batch import Sequences
+from grpo_worker.trainer.model import build_policy, load_language_model
+from grpo_worker.trainer.optimizer import PolicyOptimizer
+from grpo_worker.trainer.options import TrainerOptions
+from grpo_worker.trainer.update import TrainerState, Updater
+from grpo_worker.trainer.user_loss import policy_loss
+
+LENGTHS = [(5, 7), (3, 20), (10, 4), (6, 6), (2, 1), (4, 11), (8, 3), (1, 9)]
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def updater_for(options: TrainerOptions) -> Updater:
+    policy = build_policy(
+        load_language_model(options), options, single_rank().mesh, param_offload=options.param_offload
+    )
+    optimizer = PolicyOptimizer(policy, options.optimizer, single_rank(), options.optimizer_offload)
+    return Updater(policy, optimizer, options, single_rank(), policy_loss(options.loss.loss_mode), TrainerState())
+
+
+def plain_gradient(model: Path, sequences: Sequences, mode: str, kl_coef: float) -> dict[str, torch.Tensor]:
+    """PPO clip 0.2/0.2 without the dual bound, k3 KL, by autograd through Transformers' own logits."""
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = sequences.response_mask.sum()
+    per_sequence = []
+    for i in range(sequences.count):
+        span = slice(sequences.response_offsets[i], sequences.response_offsets[i + 1])
+        ids = torch.from_numpy(
+            sequences.token_ids[sequences.token_offsets[i] : sequences.token_offsets[i + 1]].astype(np.int64)
+        )
+        prompt = int(sequences.prompt_lengths[i])
+        rows = torch.log_softmax(lm(ids[None]).logits[0], -1)[prompt - 1 : -1]
+        log_probs = rows.gather(-1, ids[prompt:, None]).squeeze(-1)
+        old, ref, advantage, weight = (
+            torch.from_numpy(sequences.values[name][span])
+            for name in ("old_log_probs", "ref_log_probs", "advantages", "is_weights")
+        )
+        ratio = (log_probs - old).exp()
+        policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)) * weight
+        kl = (ref - log_probs).exp() - (ref - log_probs) - 1
+        mask = torch.from_numpy(sequences.response_mask[span])
+        per_sequence.append(((policy + kl_coef * kl) * mask, mask))
+    valid = [(loss, mask) for loss, mask in per_sequence if mask.sum() > 0]
+    total = torch.stack([loss.sum() for loss, _ in valid]).sum()
+    loss = {
+        "token-mean": total / tokens,
+        "token-sum": total,
+        "seq-mean-token-sum": total / len(valid),
+        "seq-mean-token-sum-norm": total / (len(valid) * 64),
+        "seq-mean-token-mean": torch.stack([loss.sum() / mask.sum() for loss, mask in valid]).mean(),
+    }[mode]
+    loss.backward()
+    return {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_do_not_change_the_gradient(model: Path, mode: str) -> None:
+    sequences = sequences_of(LENGTHS)
+    loss = {"loss_agg_mode": mode, "use_kl_loss": True, "kl_loss_coef": 0.1, "clip_ratio_c": 1e6}
+    cuts: list[dict[str, Any]] = [
+        {"micro_batch_size_per_gpu": 8},
+        {"micro_batch_size_per_gpu": 1},
+        {"max_token_len_per_gpu": 30},
+        {"micro_batch_size_per_gpu": 3, "use_remove_padding": False},
+    ]
+    gradients = [recorded_update(options_for(model, loss=loss, **cut), sequences, single_rank())[0][0] for cut in cuts]
+    for other in gradients[1:]:
+        assert relative_difference(other, gradients[0]) < 1e-6
+    assert relative_difference(gradients[0], plain_gradient(model, sequences, mode, 0.1)) < 1e-5
+
+
+def test_metrics_do_not_depend_on_micro_batches(model: Path) -> None:
+    sequences = sequences_of(LENGTHS, mini_batches=[4, 4])
+    loss = {"use_kl_loss": True, "entropy_coeff": 0.01}
+    one, many = (
+        recorded_update(options_for(model, loss=loss, micro_batch_size_per_gpu=size), sequences, single_rank())[1]
+        for size in (8, 1)
+    )
+    for name in ("pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "kl_loss", "entropy", "grad_norm", "lr"):
+        assert one[f"actor/{name}"] == pytest.approx(many[f"actor/{name}"], rel=1e-4), name
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": False}, {"head_chunk_tokens": 5}, {"compile_layers": False}])
+def test_memory_savers_do_not_change_the_gradient(model: Path, change: dict[str, Any]) -> None:
+    sequences = sequences_of(LENGTHS)
+    loss = {"entropy_coeff": 0.05}
+    usual = recorded_update(options_for(model, loss=loss), sequences, single_rank())[0][0]
+    changed = recorded_update(options_for(model, loss=loss, **change), sequences, single_rank())[0][0]
+    assert relative_difference(changed, usual) < 1e-6
+
+
+@pytest.mark.parametrize("change", [{"param_offload": True}, {"optimizer_offload": True}])
+def test_offloading_changes_no_bit(model: Path, change: dict[str, Any]) -> None:
+    results = []
+    for options in (options_for(model), options_for(model, **change)):
+        updater = updater_for(options)
+        for step in (1, 2):
+            updater.update(sequences_of(LENGTHS, seed=step, mini_batches=[4, 4]), step)
+        results.append(whole_parameters(updater.model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_each_mini_batch_and_epoch_is_one_update(model: Path) -> None:
+    updater = updater_for(options_for(model, ppo_epochs=2))
+    updater.update(sequences_of(LENGTHS, mini_batches=[3, 5]), step=1)
+    assert updater.state.updates == 4
+    assert updater.state.step == 1
+    assert float(next(iter(updater.optimizer.state().values()))["step"]) == 4
+
+
+def test_mini_batches_are_normalised_apart(model: Path) -> None:
+    both, _ = recorded_update(options_for(model), sequences_of(LENGTHS, mini_batches=[3, 5]), single_rank())
+    message = batch_message(LENGTHS)
+    prompts, responses = message.prompt_lengths.numpy(), message.response_lengths.numpy()
+    tokens, answer = int((prompts + responses)[:3].sum()), int(responses[:3].sum())
+    whole = Sequences.of(message)
+    first = Sequences(
+        whole.prompt_lengths[:3],
+        whole.response_lengths[:3],
+        whole.token_ids[:tokens],
+        whole.token_offsets[:4],
+        whole.response_offsets[:4],
+        whole.response_mask[:answer],
+        {name: values[:answer] for name, values in whole.values.items()},
+        [3],
+    )
+    alone, _ = recorded_update(options_for(model), first, single_rank())
+    assert relative_difference(both[0], alone[0]) < 1e-6
+
+
+def test_the_gradient_norm_is_clipped_to_its_limit(model: Path) -> None:
+    sequences = sequences_of(LENGTHS)
+    free, _ = recorded_update(options_for(model, optimizer={"grad_clip": 0}), sequences, single_rank())
+    norm = sum(float(g.double().square().sum()) for g in free[0].values()) ** 0.5
+    _, metrics = recorded_update(options_for(model, optimizer={"grad_clip": norm / 4}), sequences, single_rank())
+    assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+    updater = updater_for(options_for(model, optimizer={"grad_clip": norm / 4, "betas": (0.0, 0.999)}))
+    updater.update(sequences, 1)
+    first_moments = [state["exp_avg"].full_tensor() for state in updater.optimizer.state().values()]
+    clipped = sum(float(m.double().square().sum()) for m in first_moments) ** 0.5
+    assert clipped == pytest.approx(norm / 4, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(model: Path) -> None:
+    updater = updater_for(options_for(model))
+    before = whole_parameters(updater.model)
+    sequences = sequences_of(LENGTHS)
+    sequences.values["advantages"][0] = np.inf
+    sequences.response_mask[0] = 1
+    metrics = updater.update(sequences, 1)
+    after = whole_parameters(updater.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics["actor/skipped_updates"] == 1
+    updater.update(sequences_of(LENGTHS), 2)
+    assert any(not torch.equal(before[name], value) for name, value in whole_parameters(updater.model).items())
+
+
+def test_a_mini_batch_that_is_masked_whole_moves_no_weight(model: Path) -> None:
+    updater = updater_for(options_for(model))
+    updater.update(sequences_of(LENGTHS), 1)  # momentum
+    before = whole_parameters(updater.model)
+    sequences = sequences_of(LENGTHS)
+    sequences.response_mask[:] = 0
+    assert updater.update(sequences, 2)["actor/skipped_updates"] == 1
+    assert all(torch.equal(before[name], value) for name, value in whole_parameters(updater.model).items())
+
+
+def test_norms_have_no_weight_decay(model: Path) -> None:
+    updater = updater_for(options_for(model, optimizer={"weight_decay": 0.5}))
+    decay = {p: g["weight_decay"] for g in updater.optimizer.adamw.param_groups for p in g["params"]}
+    by_name = {name: decay[p] for name, p in updater.optimizer.parameters.items()}
+    assert by_name["model.norm.weight"] == 0
+    assert by_name["model.layers.0.self_attn.q_norm.weight"] == 0
+    assert by_name["model.layers.0.mlp.up_proj.weight"] == 0.5
+
+
+def test_missing_values_are_named(model: Path) -> None:
+    updater = updater_for(options_for(model, loss={"use_kl_loss": True}))
+    sequences = sequences_of(LENGTHS)
+    del sequences.values["ref_log_probs"]
+    with pytest.raises(DataError, match="ref_log_probs"):
+        updater.update(sequences, 1)
+
+
+def test_a_users_loss_is_found_by_module_or_file(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from grpo_worker.algorithms.losses import PolicyLossOutput\n"
+        "def reinforce(inputs):\n"
+        "    return PolicyLossOutput(-inputs.advantages * inputs.log_probs * inputs.mask, {})\n"
+    )
+    gradients, metrics = recorded_update(
+        options_for(model, loss={"loss_mode": f"{file}:reinforce"}), sequences_of(LENGTHS), single_rank()
+    )
+    assert metrics["actor/grad_norm"] > 0
+    assert policy_loss("grpo_worker.algorithms.losses:vanilla") is policy_loss("vanilla")
+    with pytest.raises(DataError, match=r"actor\.lossMode: .*no function 'nothing'"):
+        policy_loss(f"{file}:nothing")
+    with pytest.raises(DataError, match=r"actor\.lossMode: no loss is called 'ppo'"):
+        policy_loss("ppo")

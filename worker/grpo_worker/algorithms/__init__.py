@@ -1,0 +1,68 @@
+"""The mathematics of the training step, as pure functions on tensors.
+
+Invariant: nothing here knows a model, a process group, a file or the configuration; data is ragged and flat (`ragged`).
+
+    shaping       rewards -> rewards: overlong penalty, dynamic sampling
+    kl            log-probs -> KL per token, and its coefficient
+    advantages    rewards -> advantage per token
+    correction    rollout and trainer log-probs -> weights and mask
+    losses        log-probs and advantages -> loss per token
+    aggregation   losses per token -> the scalar for backward
+"""
+
+from grpo_worker.algorithms.advantages import (
+    ESTIMATORS,
+    AdvantageEstimator,
+    AdvantageInputs,
+    checked,
+    outcome_rewards,
+)
+from grpo_worker.algorithms.aggregation import (
+    LossAggMode,
+    LossNormalizer,
+    TotalLoss,
+    aggregate,
+    global_counts,
+    total_loss,
+)
+from grpo_worker.algorithms.correction import CorrectionLevel, CorrectionResult, Rejection, rollout_weights
+from grpo_worker.algorithms.kl import KLController, KLKind, kl_penalty, make_kl_controller, penalize_rewards
+from grpo_worker.algorithms.losses import (
+    POLICY_LOSSES,
+    PolicyLoss,
+    PolicyLossInputs,
+    PolicyLossOutput,
+    aggregation_of,
+)
+from grpo_worker.algorithms.shaping import filter_groups, has_signal, overlong_penalty
+
+__all__ = [
+    "ESTIMATORS",
+    "POLICY_LOSSES",
+    "AdvantageEstimator",
+    "AdvantageInputs",
+    "CorrectionLevel",
+    "CorrectionResult",
+    "KLController",
+    "KLKind",
+    "LossAggMode",
+    "LossNormalizer",
+    "PolicyLoss",
+    "PolicyLossInputs",
+    "PolicyLossOutput",
+    "Rejection",
+    "TotalLoss",
+    "aggregate",
+    "aggregation_of",
+    "checked",
+    "filter_groups",
+    "global_counts",
+    "has_signal",
+    "kl_penalty",
+    "make_kl_controller",
+    "outcome_rewards",
+    "overlong_penalty",
+    "penalize_rewards",
+    "rollout_weights",
+    "total_loss",
+]

@@ -1,0 +1,39 @@
+"""`grpo validate`, `grpo crd`, `grpo docs`: what can be said of a document without running it."""
+
+import argparse
+
+import yaml
+
+from grpo_worker.config import load_job, resolved_document
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add this module's commands."""
+    validate = commands.add_parser(
+        "validate", help="check a GRPOJob", description="Print `valid` and the document with every value resolved, or every error; exit code 64."
+    )
+    validate.add_argument("file", help="the GRPOJob (YAML)")
+    validate.add_argument("--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field")
+    validate.set_defaults(function=_validate)
+    crd = commands.add_parser("crd", help="print the CustomResourceDefinition")
+    crd.set_defaults(function=_crd)
+    docs = commands.add_parser("docs", help="print the configuration reference (Markdown)")
+    docs.set_defaults(function=_docs)
+
+
+def _validate(options: argparse.Namespace) -> None:
+    job = load_job(options.file, options.overrides)
+    print("valid")
+    print(yaml.safe_dump(resolved_document(job), sort_keys=False, width=120), end="")
+
+
+def _crd(options: argparse.Namespace) -> None:
+    from grpo_worker.config.crd import crd_yaml
+
+    print(crd_yaml(), end="")
+
+
+def _docs(options: argparse.Namespace) -> None:
+    from grpo_worker.config.reference import reference_markdown
+
+    print(reference_markdown(), end="")

@@ -1,0 +1,52 @@
+"""`grpo run` and `grpo report`."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from grpo_worker.config import load_job
+from grpo_worker.errors import UsageError, YieldedError
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add this module's commands."""
+    run = commands.add_parser("run", help="train a GRPOJob on this machine", description="Train a GRPOJob on this machine, without Kubernetes.")
+    run.add_argument("file", help="the GRPOJob (YAML)")
+    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field, e.g. actor.optim.lr=1e-5")
+    run.add_argument("--run-dir", type=Path, help="where logs, metrics and checkpoints go (default: runs/NAME)")
+    run.set_defaults(function=_run)
+    report = commands.add_parser("report", help="write a run's report", description="Write one HTML file and one PNG with a run's curves and samples.")
+    report.add_argument("run_dir", type=Path, help="the run directory")
+    report.set_defaults(function=_report)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from grpo_worker.local.supervisor import Supervisor
+    from grpo_worker.local.view import open_view
+    from grpo_worker.run_directory import RunDirectory
+
+    job = load_job(options.file, options.overrides)
+    root = options.run_dir or Path("runs") / job.name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {root}: cannot be made: {error.strerror}") from error
+    directory = RunDirectory(root)
+    view = open_view(sys.stdout)
+    try:
+        Supervisor(job, directory, view).run()
+    except YieldedError as error:
+        view.close()
+        again = f"grpo run {shlex.join([options.file, *(f'--set={item}' for item in options.overrides), *(['--run-dir', str(root)] if options.run_dir else [])])}"
+        raise YieldedError(f"{error}. It goes on from its checkpoint with: {again}") from error
+    finally:
+        view.close()
+    print(f"Finished. Report: grpo report {shlex.quote(str(root))}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from grpo_worker.report import write_report
+
+    for path in write_report(options.run_dir):
+        print(path)

@@ -1,0 +1,59 @@
+"""`GRPOJob`: the whole document, `grpo.dev/v1alpha1`."""
+
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from grpo_worker.config.actor import Actor, Model, Ref
+from grpo_worker.config.algorithm import Algorithm
+from grpo_worker.config.base import Section, field
+from grpo_worker.config.data import Data, Reward
+from grpo_worker.config.rollout import Rollout
+from grpo_worker.config.run import Checkpoint, FailurePolicy, Network, Runtime, Trainer
+
+GROUP = "grpo.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "GRPOJob"
+
+
+class Metadata(Section):
+    """Kubernetes object metadata; what we do not use is left as it is."""
+
+    model_config = ConfigDict(**{**Section.model_config, "extra": "allow"})
+
+    name: str = field(..., "Name of the job.", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=52)
+    namespace: str | None = field(None, "Namespace of the job.")
+    labels: dict[str, str] = field(dict, "Labels.")
+    annotations: dict[str, str] = field(dict, "Annotations.")
+
+
+class Spec(Section):
+    """A GRPO training run."""
+
+    model: Model = field(..., "The model that is trained.")
+    data: Data = field(Data, "Prompts.")
+    reward: Reward = field(Reward, "Who judges the responses.")
+    algorithm: Algorithm = field(Algorithm, "From rewards to advantages.")
+    actor: Actor = field(Actor, "The update.")
+    ref: Ref = field(Ref, "The reference model.")
+    rollout: Rollout = field(Rollout, "Generation.")
+    trainer: Trainer = field(Trainer, "Ranks, length and logging.")
+    checkpoint: Checkpoint = field(Checkpoint, "Saving and resuming.")
+    failure_policy: FailurePolicy = field(FailurePolicy, "Restarts.")
+    runtime: Runtime = field(Runtime, "The machine.")
+    network: Network = field(Network, "Ports and limits.")
+    active_deadline_seconds: int | None = field(None, "The job fails when it runs longer.", unit="seconds", ge=1, immutable=False)
+
+
+class GRPOJob(Section):
+    """One training run as one object."""
+
+    api_version: Literal["grpo.dev/v1alpha1"] = field(..., "Version of this document.")
+    kind: Literal["GRPOJob"] = field(..., "Kind of this document.")
+    metadata: Metadata = field(..., "Name and labels.")
+    spec: Spec = field(..., "The run.")
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name

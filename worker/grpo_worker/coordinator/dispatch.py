@@ -1,0 +1,207 @@
+"""Prompts out to the engines, samples back.
+
+Invariants: a group that came back is never asked for again, so nothing is generated twice for training; a prompt whose request fails
+goes out again, to any engine in service, at most `max_attempts` times, and is then a failed group with its reason.
+"""
+
+import asyncio
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from grpo_worker.coordinator.engine_client import EngineClient
+from grpo_worker.coordinator.groups import Group, GroupState, Sample
+from grpo_worker.coordinator.members import Member, Members
+from grpo_worker.coordinator.weight_sync import Emit, WeightSync
+from grpo_worker.errors import PeerLostError
+from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, Sampling
+
+PERMANENT = frozenset({"prompt_too_long", "token_out_of_range"})
+CHUNK_PROMPTS = 8  # prompts of one request when requests are not atomic
+
+
+def prompt_seed(base: int, uid: str, purpose: str) -> int:
+    """Seed of a prompt's samples: a function of what is generated, not of when or where."""
+    return int.from_bytes(hashlib.blake2b(f"{base}/{purpose}/{uid}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class DispatchOptions:
+    """How requests are made."""
+
+    sampling: Sampling
+    purpose: str
+    seed: int | None  # None: the engine's own generator
+    deadline_seconds: float
+    max_attempts: int
+    max_num_seqs: int  # of one engine; bounds the prompts that it is sent ahead of need
+    no_engine_timeout_seconds: float
+
+
+@dataclass
+class _Flight:
+    """One request under way."""
+
+    member: Member
+    pending: dict[str, Group]
+    task: asyncio.Task[None] = field(init=False)
+    error: str = ""
+
+
+class Dispatcher:
+    """Sends submitted groups to engines in service; `on_done(group)` gets each once, in state SCORING or FAILED."""
+
+    def __init__(
+        self, engines: EngineClient, members: Members, weights: WeightSync, emit: Emit, options: DispatchOptions, on_done: Callable[[Group], None]
+    ) -> None:
+        self._engines = engines
+        self._members = members
+        self._weights = weights
+        self._emit = emit
+        self._options = options
+        self._on_done = on_done
+        self._queue: deque[Group] = deque()
+        self._flights: list[_Flight] = []
+        self._wake = asyncio.Event()
+        self._atomic = False
+        self._served = time.monotonic()
+        self._requests = 0
+        self.generated_tokens = 0
+        self.redispatched = 0
+
+    def submit(self, groups: Sequence[Group], *, atomic: bool) -> None:
+        """Queue groups. `atomic`: split evenly over the engines in one request each, so that results do not depend on timing; the
+        dispatcher must be idle."""
+        self._queue.extend(groups)
+        self._atomic = atomic
+        self._wake.set()
+
+    @property
+    def idle(self) -> bool:
+        return not self._queue and not self._flights
+
+    async def run(self, *, until_idle: bool = False) -> None:
+        """Dispatch until cancelled, or until nothing is left. Raises PeerLostError when no engine serves for longer than the limit."""
+        try:
+            while not (until_idle and self.idle):
+                self._wake.clear()
+                self._land()
+                self._launch()
+                self._check_service()
+                if until_idle and self.idle:
+                    return
+                try:
+                    async with asyncio.timeout(0.5):  # members come and go without waking us
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            for flight in self._flights:
+                flight.task.cancel()
+            await asyncio.gather(*(flight.task for flight in self._flights), return_exceptions=True)
+
+    def _launch(self) -> None:
+        serving = self._weights.in_service()
+        if not self._queue or not serving:
+            return
+        if self._atomic:
+            self._atomic = False  # what fails is sent again as it comes
+            size = math.ceil(len(self._queue) / len(serving))
+            for member in serving:
+                if share := [self._queue.popleft() for _ in range(min(size, len(self._queue)))]:
+                    self._send(member, share, atomic=True)
+            return
+        limit = max(CHUNK_PROMPTS, math.ceil(1.5 * self._options.max_num_seqs / self._options.sampling.n))
+        while self._queue:
+            held = {m.name: sum(len(f.pending) for f in self._flights if f.member.name == m.name) for m in serving}
+            member = min(serving, key=lambda m: held[m.name])
+            if held[member.name] >= limit:
+                return
+            self._send(member, [self._queue.popleft() for _ in range(min(CHUNK_PROMPTS, len(self._queue)))], atomic=False)
+
+    def _send(self, member: Member, groups: list[Group], *, atomic: bool) -> None:
+        options = self._options
+        for group in groups:
+            group.state, group.attempts = GroupState.RUNNING, group.attempts + 1
+        self._requests += 1
+        request = GenerateRequest(
+            request_id=f"{options.purpose}-{self._requests}",
+            prompts=[self._prompt(group) for group in groups],
+            sampling=options.sampling,
+            deadline_seconds=options.deadline_seconds,
+            atomic=atomic,
+            min_weight_version=self._weights.version,
+        )
+        flight = _Flight(member, {group.uid: group for group in groups})
+        flight.task = asyncio.create_task(self._fly(flight, request))
+        self._flights.append(flight)
+
+    def _prompt(self, group: Group) -> PromptRequest:
+        seed = self._options.seed
+        return PromptRequest(
+            id=group.uid,
+            token_ids=Array.of(group.prompt.token_ids, "int32"),
+            seed=None if seed is None else prompt_seed(seed, group.uid, self._options.purpose),
+        )
+
+    async def _fly(self, flight: _Flight, request: GenerateRequest) -> None:
+        try:
+            end = await self._engines.generate(flight.member, request, lambda result: self._returned(flight, result))
+            self.generated_tokens += end.generated_tokens
+        except PeerLostError as error:
+            flight.error = str(error)
+            self._members.suspect(flight.member.name)
+        finally:
+            self._wake.set()
+
+    def _returned(self, flight: _Flight, result: GroupResult) -> None:
+        group = flight.pending.pop(result.id, None)
+        if group is None:
+            return  # not asked for, or told twice: the first answer counts
+        if result.error is not None:
+            self._again(group, f"{flight.member.name}: {result.error}", permanent=result.error_kind in PERMANENT)
+        elif any(sample.finish_reason == "abort" for sample in result.samples):
+            self._again(group, f"{flight.member.name} aborted the request", permanent=False)
+        else:
+            group.samples = [
+                Sample(s.token_ids.numpy(), s.log_probs.numpy(), s.finish_reason, list(s.versions)) for s in result.samples
+            ]
+            group.state = GroupState.SCORING
+            self._on_done(group)
+        self._wake.set()
+
+    def _land(self) -> None:
+        """Collect finished requests; what did not come back goes to the front of the queue, in order."""
+        for flight in [flight for flight in self._flights if flight.task.done()]:
+            self._flights.remove(flight)
+            if error := flight.task.exception():
+                raise error
+            reason = flight.error or f"{flight.member.name} ended its reply early"
+            if flight.pending:
+                self._emit("warning", "RolloutLost", f"{reason}; {len(flight.pending)} prompts go to another engine")
+            for group in sorted(flight.pending.values(), key=lambda group: -group.order):
+                self._again(group, reason, permanent=False)
+
+    def _again(self, group: Group, reason: str, *, permanent: bool) -> None:
+        group.restart()
+        group.failure = reason
+        if permanent or group.attempts >= self._options.max_attempts:
+            group.state = GroupState.FAILED
+            self._emit("error", "PromptFailed", f"prompt {group.uid} failed after {group.attempts} attempts: {reason}")
+            self._on_done(group)
+            return
+        self.redispatched += 1
+        self._queue.appendleft(group)
+
+    def _check_service(self) -> None:
+        now = time.monotonic()
+        if not self._queue or self._flights or self._weights.in_service():
+            self._served = now
+        elif now - self._served > self._options.no_engine_timeout_seconds:
+            raise PeerLostError(
+                f"no rollout server was in service for {self._options.no_engine_timeout_seconds:.0f} s while {len(self._queue)} prompts "
+                "waited. See the rollout logs."
+            )

@@ -1,0 +1,182 @@
+"""From groups to what the trainer learns from: the pure middle of the pipeline.
+
+Invariant: arrays are ragged and flat (see `grpo_worker.algorithms.ragged`): sequences in the order of groups, tokens in the order of
+sequences; what is computed here depends on the batch alone, never on ranks or micro-batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_worker.algorithms import (
+    AdvantageEstimator,
+    AdvantageInputs,
+    KLController,
+    Rejection,
+    checked,
+    kl_penalty,
+    outcome_rewards,
+    overlong_penalty,
+    penalize_rewards,
+    rollout_weights,
+)
+from grpo_worker.config.algorithm import Algorithm, OverlongBuffer, RolloutCorrection
+from grpo_worker.coordinator.groups import Group
+from grpo_worker.protocol.messages import Array, LogProbsReply, TrainBatch
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One step's sequences.
+
+    prompt_lengths, response_lengths, group_ids, scores, accuracies `[sequences]` (accuracy NaN where the reward function gives none);
+    token_ids `[all tokens]`; rollout_log_probs, seq_ids `[response tokens]`; mini_batch_sequences: sequences of each optimizer step.
+    """
+
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    token_ids: np.ndarray
+    rollout_log_probs: Tensor
+    seq_ids: Tensor
+    group_ids: Tensor
+    scores: Tensor
+    accuracies: Tensor
+    mini_batch_sequences: list[int]
+
+    @property
+    def sequences(self) -> int:
+        return self.response_lengths.numel()
+
+    @property
+    def mask(self) -> Tensor:
+        """All response tokens count until the correction rejects some: bool `[response tokens]`."""
+        return torch.ones(self.seq_ids.numel(), dtype=torch.bool)
+
+    def wire(self) -> TrainBatch:
+        """What `compute_log_probs` needs."""
+        return TrainBatch(
+            prompt_lengths=Array.of(self.prompt_lengths.numpy(), "int32"),
+            response_lengths=Array.of(self.response_lengths.numpy(), "int32"),
+            token_ids=Array.of(self.token_ids, "int32"),
+            mini_batch_sequences=self.mini_batch_sequences,
+        )
+
+
+def assemble(groups: Sequence[Group], groups_per_mini_batch: int) -> Experience:
+    """Flatten scored groups. A group is never split over two optimizer steps."""
+    samples = [(index, group.prompt.token_ids, sample) for index, group in enumerate(groups) for sample in group.samples]
+    lengths = torch.tensor([len(sample.token_ids) for _, _, sample in samples])
+    parts: list[np.ndarray] = []
+    for _, prompt, sample in samples:
+        parts += [np.asarray(prompt, dtype=np.int32), sample.token_ids]
+    rewards = [sample.reward for _, _, sample in samples]
+    assert all(reward is not None for reward in rewards), "a group is trained on only when all of its samples are scored"
+    accuracies = [float("nan") if r.accuracy is None else r.accuracy for r in rewards if r is not None]
+    return Experience(
+        prompt_lengths=torch.tensor([len(prompt) for _, prompt, _ in samples]),
+        response_lengths=lengths,
+        token_ids=np.concatenate(parts),
+        rollout_log_probs=torch.from_numpy(np.concatenate([sample.log_probs for _, _, sample in samples])),
+        seq_ids=torch.repeat_interleave(torch.arange(len(samples)), lengths),
+        group_ids=torch.tensor([index for index, _, _ in samples]),
+        scores=torch.tensor([r.score for r in rewards if r is not None], dtype=torch.float32),
+        accuracies=torch.tensor(accuracies, dtype=torch.float32),
+        mini_batch_sequences=[
+            sum(len(group.samples) for group in groups[start : start + groups_per_mini_batch])
+            for start in range(0, len(groups), groups_per_mini_batch)
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An experience with everything that the update needs, and the metrics of the way there. All `[response tokens]`."""
+
+    experience: Experience
+    old_log_probs: Tensor
+    ref_log_probs: Tensor | None
+    token_rewards: Tensor
+    advantages: Tensor
+    is_weights: Tensor
+    mask: Tensor
+    metrics: dict[str, float]
+
+    def wire(self) -> TrainBatch:
+        """What `update` needs."""
+        return msgspec.structs.replace(
+            self.experience.wire(),
+            response_mask=Array.of(self.mask.to(torch.uint8).numpy(), "uint8"),
+            old_log_probs=Array.of(self.old_log_probs.numpy(), "float32"),
+            ref_log_probs=None if self.ref_log_probs is None else Array.of(self.ref_log_probs.numpy(), "float32"),
+            advantages=Array.of(self.advantages.numpy(), "float32"),
+            is_weights=Array.of(self.is_weights.numpy(), "float32"),
+        )
+
+
+def judge(
+    experience: Experience,
+    log_probs: LogProbsReply | None,
+    algorithm: Algorithm,
+    estimator: AdvantageEstimator,
+    kl_controller: KLController,
+    max_response_tokens: int,
+) -> Judged:
+    """Rewards -> advantages, and the correction of the engine's log-probs. `log_probs` is None in bypass mode without a KL term."""
+    metrics: dict[str, float] = {}
+    old = _tensor(log_probs.log_probs) if log_probs and log_probs.log_probs else experience.rollout_log_probs
+    ref = _tensor(log_probs.ref_log_probs) if log_probs and log_probs.ref_log_probs else None
+    mask = experience.mask
+    rewards = experience.scores
+    if algorithm.overlong_buffer.enable:
+        penalty = _overlong(experience, algorithm.overlong_buffer, max_response_tokens)
+        metrics["reward/overlong_penalty/mean"] = float(penalty.mean())
+        rewards = rewards + penalty
+    token_rewards = outcome_rewards(rewards, experience.seq_ids)
+    if algorithm.use_kl_in_reward:
+        assert ref is not None, "the coordinator asks for the reference's log-probs when a KL term is on"
+        kl = kl_penalty(old, ref, algorithm.kl_penalty)
+        coefficient = kl_controller.coefficient
+        token_rewards, batch_kl = penalize_rewards(token_rewards, kl, mask, experience.seq_ids, experience.sequences, coefficient)
+        kl_controller.update(batch_kl, experience.sequences)
+        metrics |= {"actor/reward_kl_penalty": batch_kl, "actor/reward_kl_penalty_coeff": coefficient}
+    inputs = AdvantageInputs(
+        sequence_rewards=rewards,
+        token_rewards=token_rewards,
+        mask=mask,
+        seq_ids=experience.seq_ids,
+        group_ids=experience.group_ids,
+        norm_by_std=algorithm.norm_adv_by_std,
+        gamma=algorithm.gamma,
+    )
+    advantages = checked(algorithm.advantage_estimator, estimator(inputs), inputs)
+    correction = rollout_weights(
+        old, experience.rollout_log_probs, mask, experience.seq_ids, experience.sequences, **_correction(algorithm.rollout_correction)
+    )
+    metrics |= correction.metrics
+    return Judged(experience, old, ref, token_rewards, advantages, correction.weights, correction.mask, metrics)
+
+
+def _correction(options: RolloutCorrection) -> dict[str, object]:
+    low, high = options.rollout_is_lower_threshold, options.rollout_is_threshold
+    return {
+        # In bypass mode old and rollout log-probs are the same numbers: every weight is 1.
+        "level": options.rollout_is,
+        "threshold": high if low is None else (low, high),
+        "batch_normalize": options.rollout_is_batch_normalize,
+        "rejections": [Rejection(kind, options.rollout_rs_threshold) for kind in options.rollout_rs],
+    }
+
+
+def _overlong(experience: Experience, options: OverlongBuffer, max_response_tokens: int) -> Tensor:
+    buffer = options.length or max(1, max_response_tokens // 5)
+    return overlong_penalty(experience.response_lengths.float(), max_response_tokens, buffer, options.penalty_factor)
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(array.numpy().copy())
+
+

@@ -1,0 +1,57 @@
+"""The document's data section as data sets.
+
+Invariant: training prompts are iterated from a cursor; validation prompts are few enough to hold, and always in file order.
+"""
+
+import itertools
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_worker.config import Spec
+from grpo_worker.data.dataset import BlockDataset, FunctionDataset, Prompt, PromptDataset
+from grpo_worker.data.options import DataOptions
+from grpo_worker.data.tokenize import PromptEncoder
+
+
+def open_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> BlockDataset:
+    """Opened, checked and scanned. Raises DataError."""
+    data = spec.data
+    options, encoder = _options(spec), _encoder(spec, tokenizer)
+    dataset = FunctionDataset(data.dataset, options, encoder) if data.dataset else PromptDataset(data.train_files, options, encoder)
+    dataset.scan()
+    dataset.steps_per_epoch(data.train_batch_size)  # raises when a batch is larger than the data
+    return dataset
+
+
+def open_validation_prompts(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """All validation prompts, or the first `rollout.validation.maxPrompts`. Raises DataError."""
+    if not spec.data.validation_files:
+        return []
+    options = replace(_options(spec), shuffle=False, total_epochs=1, field="data.validationFiles")
+    dataset = PromptDataset(spec.data.validation_files, options, _encoder(spec, tokenizer))
+    return list(itertools.islice(dataset.iterate(), spec.rollout.validation.max_prompts))
+
+
+def _options(spec: Spec) -> DataOptions:
+    data = spec.data
+    return DataOptions(
+        prompt_key=data.prompt_key,
+        response_key=data.response_key,
+        reward_key=data.reward_key,
+        shuffle=data.shuffle,
+        seed=data.seed,
+        total_epochs=spec.trainer.total_epochs,
+    )
+
+
+def _encoder(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    data = spec.data
+    return PromptEncoder(
+        tokenizer,
+        data.max_prompt_length,
+        truncation=data.truncation,
+        filter_overlong=data.filter_overlong_prompts,
+        chat_template=data.chat_template,
+        system_prompt=data.system_prompt,
+    )

@@ -1,0 +1,160 @@
+"""Checkpoints: the trainer writes its shards, the coordinator its own state, and one rename makes them one checkpoint.
+
+Invariant: `coordinator.json` and the shards are of the same step; a save that fails leaves the checkpoints of before, is told, and does
+not stop the run, except when the run's last save fails.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_worker.checkpoint import (
+    CheckpointTransaction,
+    ResumePoint,
+    find_resume,
+    preflight,
+    prune,
+    remove_leftovers,
+    storage_errors,
+)
+from grpo_worker.coordinator.trainer_client import TrainerClient
+from grpo_worker.coordinator.weight_sync import Emit
+from grpo_worker.errors import CheckpointDamagedError, ConfigError, GRPOError
+from grpo_worker.protocol.messages import (
+    LoadReply,
+    LoadRequest,
+    SaveReply,
+    SaveRequest,
+    SaveStatusReply,
+    SaveStatusRequest,
+)
+
+POLL_SECONDS = 0.5
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of this run."""
+
+    step: int
+    path: Path
+    time: float
+    seconds: float
+
+
+class Saver:
+    """Saves in the background, one at a time; `last` is the newest complete checkpoint."""
+
+    def __init__(self, root: Path, keep_last: int, trainer: TrainerClient, emit: Emit, on_saved: Callable[[Saved], None]) -> None:
+        self._root = root
+        self._keep_last = keep_last
+        self._trainer = trainer
+        self._emit = emit
+        self._on_saved = on_saved
+        self._running: asyncio.Task[None] | None = None
+        self._failure: GRPOError | None = None
+        self.last: Saved | None = None
+        self.stall_seconds = 0.0
+
+    def prepare(self, needed_bytes: int) -> None:
+        """Can checkpoints be kept here? Raises ConfigError before any time is spent."""
+        preflight(self._root, needed_bytes)
+        for name in remove_leftovers(self._root):
+            self._emit("info", "CheckpointLeftover", f"removed {name}, which a killed save had left")
+
+    async def resume(self, mode: str) -> tuple[ResumePoint, dict[str, Any]] | None:
+        """Load the checkpoint that `checkpoint.resume` names into the trainer; None to start at step 0.
+
+        Raises CheckpointDamagedError, ConfigError.
+        """
+        decision = await asyncio.to_thread(find_resume, self._root, mode)
+        for damaged in decision.skipped:
+            self._emit("warning", "CheckpointDamaged", f"passed over: {damaged.reason}")
+        point = decision.point
+        if point is None:
+            return None
+        try:
+            state = json.loads(point.coordinator_file.read_text())
+            if state["format"] != STATE_FORMAT:
+                raise ConfigError(f"{point.path}: coordinator.json has format {state['format']}, this program reads {STATE_FORMAT}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointDamagedError(f"{point.coordinator_file}: cannot be read: {error!r}") from error
+        reply = await self._trainer.call(LoadRequest(directory=str(point.path)), LoadReply)
+        if reply.step != point.step:
+            raise CheckpointDamagedError(f"{point.path}: its shards are of step {reply.step}, its manifest of step {point.step}")
+        self.last = Saved(point.step, point.path, time.time(), 0.0)
+        return point, state
+
+    async def save(self, epoch: int, step: int, state: Mapping[str, Any]) -> None:
+        """Start a save of the trainer's present state; waits for the one before. Returns when training may go on."""
+        await self.wait()
+        if self.last is not None and self.last.step == step:
+            return
+        self._failure = None
+        started = time.monotonic()
+        try:
+            transaction = CheckpointTransaction(self._root, epoch, step)
+        except GRPOError as error:
+            self._failed(step, error)
+            return
+        try:
+            with storage_errors(self._root, f"saving step {step}"):
+                (transaction.path / "coordinator.json").write_text(json.dumps({"format": STATE_FORMAT, **state}, indent=1))
+            reply = await self._trainer.call(SaveRequest(directory=str(transaction.path), step=step), SaveReply)
+        except GRPOError as error:
+            transaction.abort()
+            if not getattr(error, "recoverable", isinstance(error, ConfigError)):
+                raise
+            self._failed(step, error)
+            return
+        self.stall_seconds = time.monotonic() - started
+        self._emit("info", "CheckpointSaving", f"saving step {step}; training stood still for {reply.stall_seconds:.2f} s")
+        self._running = asyncio.create_task(self._finish(transaction, step, started))
+
+    async def wait(self) -> None:
+        """Until no save is under way."""
+        if self._running is not None:
+            await self._running
+            self._running = None
+
+    async def finish(self, step: int) -> None:
+        """Wait for the last save of the run. Raises what made it fail."""
+        await self.wait()
+        if self._failure is not None and (self.last is None or self.last.step != step):
+            raise self._failure
+
+    async def _finish(self, transaction: CheckpointTransaction, step: int, started: float) -> None:
+        try:
+            status = await self._written()
+            if status.error:
+                raise ConfigError(f"checkpoint.path: saving step {step} failed: {status.error}")
+            await asyncio.to_thread(transaction.commit, status.files)
+            saved = Saved(step, transaction.final_path, time.time(), time.monotonic() - started)
+            await asyncio.to_thread(prune, self._root, self._keep_last)
+        except GRPOError as error:
+            transaction.abort()
+            self._failed(step, error)
+            return
+        except BaseException:
+            transaction.abort()
+            raise
+        self.last = saved
+        self._emit("info", "CheckpointSaved", f"saved {saved.path.name} in {saved.seconds:.1f} s")
+        self._on_saved(saved)
+
+    async def _written(self) -> SaveStatusReply:
+        while True:
+            status = await self._trainer.call(SaveStatusRequest(), SaveStatusReply)
+            if status.done:
+                return status
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _failed(self, step: int, error: GRPOError) -> None:
+        self._failure = error
+        kept = f"the last whole checkpoint is {self.last.path.name}" if self.last else "there is no checkpoint yet"
+        self._emit("error", "CheckpointFailed", f"step {step} was not saved, {kept}: {error}")

@@ -1,0 +1,140 @@
+"""From generated groups to scored ones: the reward node of the pipeline.
+
+Invariant: a sample whose reward could not be computed is left out of its group and counted; it never gets a zero. A group with too few
+samples left to compare is a failed group.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_worker.algorithms import has_signal
+from grpo_worker.coordinator.groups import Group, GroupState, Sample
+from grpo_worker.errors import DataError
+from grpo_worker.rewards.base import RewardInput
+from grpo_worker.rewards.pool import RewardOutcome, RewardPool
+
+
+@dataclass
+class FailureCount:
+    """Samples of the current step that were tried and that failed."""
+
+    scored: int = 0
+    failed: int = 0
+    last_message: str = ""
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+class Scorer:
+    """Decodes, scores and filters groups as they arrive."""
+
+    def __init__(
+        self, pool: RewardPool, tokenizer: PreTrainedTokenizerBase, *, minimum_samples: int, filter_metric: str | None, max_failure_ratio: float
+    ) -> None:
+        """
+        Args:
+            minimum_samples: a group with fewer scored samples has failed.
+            filter_metric: `score` or `accuracy` for dynamic sampling, None for none.
+        """
+        self._pool = pool
+        self._tokenizer = tokenizer
+        self._minimum_samples = minimum_samples
+        self._filter_metric = filter_metric
+        self._max_failure_ratio = max_failure_ratio
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one: batch_decode then never races with itself
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._error: BaseException | None = None
+        self.counts = FailureCount()
+
+    def submit(self, group: Group, on_end: Callable[[Group], None]) -> None:
+        """Score a group in the background; `on_end` is called when it is READY, FILTERED or FAILED."""
+        task = asyncio.create_task(self._run(group, on_end))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong in the background (DataError, RetryableError)."""
+        if self._error is not None:
+            raise self._error
+
+    def take_counts(self) -> FailureCount:
+        """Counts since the last call. Raises DataError when more samples failed than the job allows."""
+        counts, self.counts = self.counts, FailureCount()
+        tried = counts.scored + counts.failed
+        if counts.failed > self._max_failure_ratio * tried:
+            raise DataError(
+                f"reward.function: {counts.failed} of {tried} samples of this step could not be scored ({_kinds(counts)}), more than "
+                f"reward.maxFailureRatio = {self._max_failure_ratio:g}. The last one: {counts.last_message}"
+            )
+        return counts
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def score(self, group: Group) -> None:
+        """Fill in text and reward of each sample; samples that cannot be scored are removed."""
+        texts = await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, group.samples)
+        for sample, text in zip(group.samples, texts, strict=True):
+            sample.text = text
+        outcomes = await self._pool.score_many([_reward_input(group, sample) for sample in group.samples])
+        group.samples = [sample for sample, outcome in zip(group.samples, outcomes, strict=True) if self._accept(group, sample, outcome)]
+
+    async def _run(self, group: Group, on_end: Callable[[Group], None]) -> None:
+        await self.score(group)
+        if len(group.samples) < self._minimum_samples:
+            group.state = GroupState.FAILED
+            group.failure = f"only {len(group.samples)} samples could be scored: {self.counts.last_message}"
+        elif self._filter_metric and not has_signal(_values(group, self._filter_metric)):
+            group.state = GroupState.FILTERED
+        else:
+            group.state = GroupState.READY
+        on_end(group)
+
+    def _accept(self, group: Group, sample: Sample, outcome: RewardOutcome) -> bool:
+        if outcome.failure is None:
+            sample.reward = outcome.result
+            self.counts.scored += 1
+            return True
+        kind = outcome.failure.kind
+        self.counts.failed += 1
+        self.counts.kinds[kind] = self.counts.kinds.get(kind, 0) + 1
+        self.counts.last_message = f"prompt {group.uid}, {kind}: {outcome.failure.message}"
+        return False
+
+    def _decode(self, samples: Sequence[Sample]) -> list[str]:
+        return list(self._tokenizer.batch_decode([sample.token_ids.tolist() for sample in samples], skip_special_tokens=True))
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self._error is None:
+            self._error = task.exception()
+
+
+def _reward_input(group: Group, sample: Sample) -> RewardInput:
+    prompt = group.prompt
+    return RewardInput(
+        prompt=prompt.text,
+        response=sample.text,
+        ground_truth=prompt.ground_truth,
+        data=prompt.data,
+        response_tokens=len(sample.token_ids),
+        finish_reason=sample.finish_reason,
+        uid=group.uid,
+    )
+
+
+def _values(group: Group, metric: str) -> list[float]:
+    rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+    if metric == "accuracy" and all(reward.accuracy is not None for reward in rewards):
+        return [float(reward.accuracy) for reward in rewards if reward.accuracy is not None]
+    return [reward.score for reward in rewards]
+
+
+def _kinds(counts: FailureCount) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(counts.kinds.items()))

@@ -1,0 +1,96 @@
+"""How good the policy is on held-out prompts: greedy pass@1, and mean@k of sampled answers.
+
+Invariant: validation sees every validation prompt once, with the weights in service, and changes nothing that training depends on: it
+has its own requests, seeds and cursor.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions
+from grpo_worker.coordinator.groups import Group
+from grpo_worker.coordinator.scoring import Scorer
+from grpo_worker.data.dataset import Prompt
+from grpo_worker.errors import DataError
+from grpo_worker.protocol.messages import Sampling
+
+MakeDispatcher = Callable[[DispatchOptions, Callable[[Group], None]], Dispatcher]
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Metrics in verl's manner, and the greedy groups for the sample log."""
+
+    metrics: dict[str, float]
+    groups: list[Group]
+
+    @property
+    def accuracy(self) -> float:
+        return self.metrics["val/accuracy/pass@1"]
+
+
+class Validation:
+    """Runs the validation prompts through the engines in service."""
+
+    def __init__(self, prompts: list[Prompt], options: DispatchOptions, samples: int, temperature: float, top_p: float, *, atomic: bool) -> None:
+        """
+        Args:
+            options: of the training requests; sampling, seed and purpose are replaced.
+            samples: k of mean@k; 1 leaves it out.
+            atomic: the engines are idle meanwhile, so make the results independent of timing.
+        """
+        greedy = replace_sampling(options.sampling, n=1, temperature=0.0, top_p=1.0)
+        self._passes = [replace(options, sampling=greedy, purpose="validation-greedy", seed=None)]
+        if samples > 1:
+            sampled = replace_sampling(options.sampling, n=samples, temperature=temperature, top_p=top_p)
+            self._passes.append(replace(options, sampling=sampled, purpose="validation-sampled"))
+        self._prompts = prompts
+        self._atomic = atomic
+
+    @property
+    def prompts(self) -> int:
+        return len(self._prompts)
+
+    async def run(self, make_dispatcher: MakeDispatcher, scorer: Scorer) -> ValidationResult:
+        """Raises DataError when no answer at all could be scored."""
+        metrics: dict[str, float] = {}
+        greedy: list[Group] = []
+        for options in self._passes:
+            groups = await self._generate(make_dispatcher, options)
+            await asyncio.gather(*(scorer.score(group) for group in groups))
+            per_prompt = [_mean(group) for group in groups if group.samples]
+            if not per_prompt:
+                failure = scorer.counts.last_message or next((group.failure for group in groups), "")
+                raise DataError(f"validation: none of {len(groups)} prompts could be answered and scored. The last failure: {failure}")
+            name = "pass@1" if options.sampling.n == 1 else f"mean@{options.sampling.n}"
+            accuracies, scores = zip(*per_prompt, strict=True)
+            metrics[f"val/accuracy/{name}"] = sum(accuracies) / len(accuracies)
+            metrics[f"val/score/{name}"] = sum(scores) / len(scores)
+            if options.sampling.n == 1:
+                greedy = groups
+                lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+                metrics["val/response_length/mean"] = sum(lengths) / len(lengths)
+            metrics[f"val/failed/{name}"] = float(len(groups) - len(per_prompt))
+        return ValidationResult(metrics, greedy)
+
+    async def _generate(self, make_dispatcher: MakeDispatcher, options: DispatchOptions) -> list[Group]:
+        groups = [Group(order=order, prompt=prompt) for order, prompt in enumerate(self._prompts)]
+        dispatcher = make_dispatcher(options, lambda group: None)
+        dispatcher.submit(groups, atomic=self._atomic)
+        await dispatcher.run(until_idle=True)
+        return groups
+
+
+def replace_sampling(sampling: Sampling, *, n: int, temperature: float, top_p: float) -> Sampling:
+    """The same limits and stop tokens with another distribution; temperature 0 is greedy."""
+    return Sampling(
+        n=n, max_tokens=sampling.max_tokens, temperature=temperature, top_p=top_p, top_k=-1, stop_token_ids=sampling.stop_token_ids
+    )
+
+
+def _mean(group: Group) -> tuple[float, float]:
+    """Mean accuracy (the score, where the reward function gives no accuracy) and mean score of a group."""
+    rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+    accuracies = [reward.score if reward.accuracy is None else reward.accuracy for reward in rewards]
+    return sum(accuracies) / len(rewards), sum(reward.score for reward in rewards) / len(rewards)

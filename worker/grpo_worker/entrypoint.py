@@ -1,0 +1,95 @@
+"""`grpo-worker coordinator|trainer|rollout --job FILE`: the command of each pod and of each local child process.
+
+Invariant: the process ends with an exit code of the contract (`grpo_worker.errors.ExitCode`), and its last word, the termination
+message, says why in one JSON object. Heavy imports happen in the role that needs them.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_worker.config import GRPOJob, load_job
+from grpo_worker.errors import ExitCode, GRPOError
+
+ROLES = ("coordinator", "trainer", "rollout")
+TERMINATION_VARIABLE = "GRPO_TERMINATION_LOG"
+PARENT_VARIABLE = "GRPO_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+# The kubelet keeps 4096 bytes of a termination message.
+MAX_MESSAGE_CHARACTERS = 3000
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; ends the process."""
+    parser = argparse.ArgumentParser(prog="grpo-worker", description="One role of a GRPO job.")
+    parser.add_argument("role", choices=ROLES)
+    parser.add_argument("--job", required=True, help="the GRPOJob document (YAML)")
+    options = parser.parse_args(arguments)
+    _die_with_parent()
+    sys.exit(run(options.role, options.job))
+
+
+def run(role: str, job_file: str) -> int:
+    """Run one role to its end and return the exit code."""
+    try:
+        code = _run_role(role, load_job(job_file))
+    except GRPOError as error:
+        print(f"{role}: {error.reason}: {error}", file=sys.stderr, flush=True)
+        _last_word(error.reason, str(error), error.context)
+        return int(error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        _last_word("UnexpectedError", f"{type(error).__name__}: {error}", {})
+        return 1
+    if code == ExitCode.DONE:
+        _last_word("Completed", "", {})
+    return code
+
+
+def _die_with_parent() -> None:
+    """A child of `grpo run` is killed by the kernel when the supervisor dies, however that happens."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        sys.exit(int(ExitCode.RETRY))  # it died before we asked
+    del os.environ[PARENT_VARIABLE]  # our own children have other parents
+
+
+def _run_role(role: str, job: GRPOJob) -> int:
+    """The role's exit code; a trainer node with several ranks passes on the code of the first that failed."""
+    if role == "coordinator":
+        from grpo_worker.coordinator.main import run as run_coordinator
+
+        run_coordinator(job)
+    elif role == "trainer":
+        from grpo_worker.trainer.main import run as run_trainer
+
+        return run_trainer(job)
+    else:
+        from grpo_worker.rollout.main import run as run_rollout
+
+        run_rollout(job)
+    return int(ExitCode.DONE)
+
+
+def _last_word(reason: str, message: str, context: dict[str, object]) -> None:
+    path = os.environ.get(TERMINATION_VARIABLE)
+    if not path:
+        return
+    text = json.dumps({"reason": reason, "message": message[:MAX_MESSAGE_CHARACTERS], **context})
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        print(f"the termination message could not be written to {path}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Errors that reach a person, each with the exit code and reason that a supervisor acts on.
+
+Invariant: every process of a job ends with 0 or with one of `ExitCode`, and its last word (the termination message) carries
+the same `reason` and `message`. The local supervisor and the operator decide from these alone.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a supervisor does next, by process exit code (the numbers follow sysexits.h up to 78)."""
+
+    DONE = 0
+    USAGE = 64  # fail now: the command line or the document is wrong
+    DATA = 65  # fail now: the data, the model or the reward function is wrong
+    RETRY = 75  # start again, not counted against the budget
+    CONFIG = 78  # fail now: the configuration cannot work on this machine
+    YIELDED = 80  # stopped on request after saving
+    CHECKPOINT_DAMAGED = 81  # no checkpoint that resume may use
+    PEER_LOST = 82  # a weight-sync peer died or did not answer in time
+    STALLED = 83  # no progress within the limit
+    DEVICE = 85  # GPU or NCCL hardware: start again elsewhere
+
+
+class GRPOError(Exception):
+    """Base of all errors meant for a person. `str(error)` says what was wrong, where, and what to do."""
+
+    exit_code: ExitCode = ExitCode.CONFIG
+    reason: str = "Error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.context: dict[str, object] = {}  # further fields of the termination message: step, checkpoint
+
+
+class UsageError(GRPOError):
+    """The command line or the GRPOJob document is wrong."""
+
+    exit_code = ExitCode.USAGE
+    reason = "InvalidUsage"
+
+
+class DataError(GRPOError):
+    """A data file, a model directory or a user's function is wrong."""
+
+    exit_code = ExitCode.DATA
+    reason = "InvalidData"
+
+
+class ConfigError(GRPOError):
+    """The job is valid but cannot run here: a port in use, no memory, no space, no permission."""
+
+    exit_code = ExitCode.CONFIG
+    reason = "InvalidConfiguration"
+
+
+class RetryableError(GRPOError):
+    """Something outside the job failed for now."""
+
+    exit_code = ExitCode.RETRY
+    reason = "TryAgain"
+
+
+class YieldedError(GRPOError):
+    """The run was asked to stop and has saved its state."""
+
+    exit_code = ExitCode.YIELDED
+    reason = "Yielded"
+
+
+class CheckpointDamagedError(GRPOError):
+    """A checkpoint does not match its manifest."""
+
+    exit_code = ExitCode.CHECKPOINT_DAMAGED
+    reason = "CheckpointDamaged"
+
+
+class PeerLostError(GRPOError):
+    """A peer of the weight sync died or did not answer within its limit."""
+
+    exit_code = ExitCode.PEER_LOST
+    reason = "PeerLost"
+
+
+class StalledError(GRPOError):
+    """No step was finished within the limit."""
+
+    exit_code = ExitCode.STALLED
+    reason = "Stalled"
+
+
+class DeviceError(GRPOError):
+    """The GPU or NCCL failed."""
+
+    exit_code = ExitCode.DEVICE
+    reason = "DeviceFailed"

@@ -1,0 +1,102 @@
+"""One child process of a local run.
+
+Invariant: a child never outlives its supervisor (the kernel kills it, see `entrypoint`), its output is in its own log file, and its end
+is an exit code and a termination message, as a pod's.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_worker.entrypoint import PARENT_VARIABLE, TERMINATION_VARIABLE
+
+TAIL_LINES = 12
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """How one process is started. `environment` is added to the supervisor's own."""
+
+    name: str
+    role: str
+    job_file: Path
+    log: Path
+    termination: Path
+    environment: Mapping[str, str]
+
+
+class Child:
+    """A running process; `code` is None until it ends."""
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.spec = spec
+        spec.termination.unlink(missing_ok=True)
+        spec.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = spec.log.stat().st_size if spec.log.exists() else 0
+        environment = {
+            **os.environ,
+            **spec.environment,
+            TERMINATION_VARIABLE: str(spec.termination),
+            PARENT_VARIABLE: str(os.getpid()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        command = [sys.executable, "-m", "grpo_worker.entrypoint", spec.role, "--job", str(spec.job_file)]
+        with spec.log.open("ab") as log:
+            # A session of its own: the terminal's Ctrl-C reaches the supervisor alone.
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """The process and what it started."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """True when it has ended."""
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def last_word(self) -> tuple[str, str]:
+        """(reason, message) of the termination message, or what the exit code and the log's end tell."""
+        try:
+            word = json.loads(self.spec.termination.read_text())
+            return str(word["reason"]), str(word["message"])
+        except (OSError, ValueError, KeyError, TypeError):
+            code = self.code
+            what = f"was killed by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with exit code {code}"
+            return "Died", f"{what}\n{self._tail()}".rstrip()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def _tail(self) -> str:
+        try:
+            with self.spec.log.open("rb") as log:
+                log.seek(max(self._log_start, self.spec.log.stat().st_size - 8192))
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])

@@ -1,0 +1,283 @@
+"""`grpo run`: starts the processes of a job, keeps them alive, shows what happens, and ends when the job does.
+
+Invariants: decisions are `policy.decide`'s; the supervisor holds no training state, so killing it loses nothing but the processes;
+one run at a time in a run directory.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from typing import Any
+
+import yaml
+
+from grpo_worker.config import GRPOJob, resolved_document
+from grpo_worker.errors import (
+    ConfigError,
+    DataError,
+    CheckpointDamagedError,
+    DeviceError,
+    ExitCode,
+    GRPOError,
+    PeerLostError,
+    RetryableError,
+    StalledError,
+    UsageError,
+    YieldedError,
+)
+from grpo_worker.local.child import Child, ChildSpec
+from grpo_worker.local.placement import Machine, Process, free_port, place, require_free
+from grpo_worker.local.policy import Action, Budget, Decision, decide
+from grpo_worker.local.view import View
+from grpo_worker.metric_loggers import EventLog, read_events
+from grpo_worker.protocol.auth import TOKEN_VARIABLE, authorization
+from grpo_worker.run_directory import VARIABLE, RunDirectory
+
+POLL_SECONDS = 0.25
+STATUS_TIMEOUT_SECONDS = 2.0
+SAVE_GRACE_SECONDS = 600.0
+END_GRACE_SECONDS = 10.0
+
+
+class Supervisor:
+    """One `grpo run`."""
+
+    def __init__(self, job: GRPOJob, directory: RunDirectory, view: View) -> None:
+        self._job = job
+        self._spec = job.spec
+        self._directory = directory
+        self._view = view
+        self._events = EventLog(directory.events, "supervisor", echo=False)
+        self._offset = directory.events.stat().st_size if directory.events.exists() else 0
+        self._token = secrets.token_urlsafe(32)
+        self._children: dict[str, Child] = {}
+        self._due: dict[str, float] = {}  # processes to start, by the time to do so
+        budget = (self._spec.failure_policy.max_restarts, self._spec.failure_policy.backoff_seconds)
+        self._budgets = {"set": Budget(*budget), "rollout": Budget(*budget)}
+        self._status: dict[str, Any] | None = None
+        self._best_step = -1
+        self._last_progress = time.monotonic()
+        self._interrupts = 0
+        self._timed_out = False
+        self._stop_deadline: float | None = None
+
+    def run(self) -> None:
+        """Until the job has ended. Raises GRPOError when it did not succeed, YieldedError when it was stopped and has saved."""
+        with ExitStack() as stack:
+            stack.enter_context(self._exclusive())
+            self._prepare()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, self._interrupted))
+            stack.callback(self._end_children)
+            started = time.monotonic()
+            self._due = dict.fromkeys(self._processes, started)
+            while True:
+                self._start_due()
+                self._look()
+                if decision := self._ended():
+                    self._act(decision)
+                    if decision.action in (Action.SUCCEED, Action.YIELD, Action.FAIL):
+                        return self._conclude(decision)
+                self._check_limits(started)
+                time.sleep(POLL_SECONDS)
+
+    def _prepare(self) -> None:
+        network, root = self._spec.network, self._directory.root.resolve()
+        for port, field in ((network.coordinator_port, "coordinatorPort"), (network.trainer_port, "trainerPort"), (network.weight_sync_port, "weightSyncPort")):
+            if port:
+                require_free(port, field)
+        for index in range(self._spec.rollout.replicas if network.rollout_port else 0):
+            require_free(network.rollout_port + index, "rolloutPort")
+        port = network.coordinator_port or free_port()
+        self._url = f"http://127.0.0.1:{port}"
+        self._directory.job.write_text(yaml.safe_dump(resolved_document(self._job), sort_keys=False))
+        self._common = {
+            **{variable.name: variable.value for variable in self._spec.runtime.env},
+            VARIABLE: str(root),
+            TOKEN_VARIABLE: self._token,
+            "GRPO_COORDINATOR_URL": self._url,
+            "GRPO_COORDINATOR_PORT": str(port),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(network.rendezvous_port or free_port()),
+        }
+        self._processes = {process.name: process for process in place(self._spec, Machine.here())}
+        self._directory.run_file.write_text(json.dumps({"name": self._job.name, "url": self._url, "pid": os.getpid(), "started": time.time()}))
+        self._directory.run_file.chmod(0o600)
+
+    def _exclusive(self) -> Any:
+        """The run directory's lock, held until the end. Raises ConfigError when another run has it."""
+        file = self._directory.lock.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise ConfigError(
+                f"{self._directory.root}: another run (process {owner}) is using this directory. Wait for it, stop it, or give --run-dir."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for name in [name for name, due in self._due.items() if due <= now]:
+            del self._due[name]
+            self._children[name] = Child(self._child_spec(self._processes[name]))
+
+    def _child_spec(self, process: Process) -> ChildSpec:
+        logs = self._directory.logs
+        environment = {**self._common, **process.environment, "GRPO_MEMBER_NAME": process.name}
+        return ChildSpec(
+            process.name, process.role, self._directory.job, logs / f"{process.name}.log", logs / f".{process.name}.termination", environment
+        )
+
+    def _look(self) -> None:
+        """Ask for /status, read new events, show both."""
+        coordinator = self._children.get("coordinator")
+        status = self._get_status() if coordinator is not None and coordinator.code is None else None
+        self._status = status or self._status
+        if status and status["step"] > self._best_step and status["state"] != "Starting":
+            self._best_step = status["step"]
+            self._last_progress = time.monotonic()
+            for budget in self._budgets.values():
+                budget.progressed()
+        events, self._offset = read_events(self._directory.events, self._offset)
+        self._view.update(status, events)
+
+    def _get_status(self) -> dict[str, Any] | None:
+        request = urllib.request.Request(f"{self._url}/status", headers=authorization(self._token))
+        try:
+            with urllib.request.urlopen(request, timeout=STATUS_TIMEOUT_SECONDS) as response:
+                status: dict[str, Any] = json.load(response)
+                return status
+        except (urllib.error.URLError, OSError, ValueError):
+            return None
+
+    def _ended(self) -> Decision | None:
+        """The decision about children that ended; members of the set end together."""
+        ended = self._ended_codes()
+        if not ended:
+            return None
+        if any(not name.startswith("rollout") for name in ended):
+            # Its partner notices within a heartbeat; waiting for its word tells the cause from the consequence.
+            deadline = time.monotonic() + 2.0
+            while time.monotonic() < deadline and any(child.code is None for name, child in self._set().items()):
+                time.sleep(0.05)
+            ended = self._ended_codes()
+        return decide(ended)
+
+    def _ended_codes(self) -> dict[str, int]:
+        """Exit codes by name. A worker that ended with 0 was told to: the coordinator's own end follows and decides."""
+        codes = {name: child.code for name, child in self._children.items()}
+        return {name: code for name, code in codes.items() if code is not None and (code != ExitCode.DONE or name == "coordinator")}
+
+    def _act(self, decision: Decision) -> None:
+        if decision.action not in (Action.RESTART_ROLLOUT, Action.RESTART_SET):
+            return
+        culprit = self._children[decision.culprit]
+        reason, message = culprit.last_word()
+        scope = "rollout" if decision.action is Action.RESTART_ROLLOUT else "set"
+        budget = self._budgets[scope]
+        wait = budget.charge(decision)
+        if wait is None or self._interrupts or self._timed_out:
+            raise self._failure(decision.culprit, f"after {self._spec.failure_policy.max_restarts} restarts without progress" if wait is None else "while stopping")
+        names = [decision.culprit] if scope == "rollout" else list(self._set())
+        self._events.emit(
+            "warning", reason, f"{decision.culprit} ended ({_code_text(culprit.code)}): {message.splitlines()[0] if message else reason}. "
+            f"Restarting {' and '.join(names)} in {wait:.0f} s"
+        )
+        for name in names:
+            self._stop_child(self._children.pop(name))
+            self._due[name] = time.monotonic() + wait
+        self._last_progress = time.monotonic()
+
+    def _set(self) -> dict[str, Child]:
+        return {name: child for name, child in self._children.items() if not name.startswith("rollout")}
+
+    def _conclude(self, decision: Decision) -> None:
+        self._look()
+        if decision.action is Action.FAIL:
+            raise self._failure(decision.culprit, "")
+        if self._timed_out:
+            raise ConfigError(f"activeDeadlineSeconds: the job ran longer than {self._spec.active_deadline_seconds} s. Its state is saved.")
+        if decision.action is Action.YIELD:
+            raise YieldedError(self._children["coordinator"].last_word()[1])
+
+    def _failure(self, name: str, suffix: str) -> GRPOError:
+        child = self._children[name]
+        reason, message = child.last_word()
+        error = _ERRORS.get(child.code or 0, RetryableError)(f"{name} failed{' ' + suffix if suffix else ''}: {message}\nIts log: {child.spec.log}")
+        error.reason = reason
+        return error
+
+    def _check_limits(self, started: float) -> None:
+        deadline = self._spec.active_deadline_seconds
+        if deadline is not None and not self._timed_out and time.monotonic() - started > deadline:
+            self._timed_out = True
+            self._events.emit("error", "DeadlineExceeded", f"activeDeadlineSeconds: {deadline} s are over; saving and stopping")
+            self._stop_job()
+        if self._stop_deadline is not None and time.monotonic() > self._stop_deadline:
+            raise StalledError(f"the coordinator did not save and stop within {SAVE_GRACE_SECONDS:.0f} s. See {self._directory.logs}/coordinator.log")
+        limit = self._spec.failure_policy.stall_timeout_seconds
+        if time.monotonic() - self._last_progress > limit + self._spec.failure_policy.startup_timeout_seconds * (self._best_step < 0):
+            decision = Decision(Action.RESTART_SET, "coordinator")
+            if self._budgets["set"].charge(decision) is None:
+                raise StalledError(f"no step was finished within {limit:.0f} s (failurePolicy.stallTimeoutSeconds), also after restarts.")
+            self._events.emit("warning", "Stalled", f"no step was finished within {limit:.0f} s; restarting coordinator and trainer")
+            for name in list(self._set()):
+                self._stop_child(self._children.pop(name))
+                self._due[name] = time.monotonic()
+            self._last_progress = time.monotonic()
+
+    def _interrupted(self, number: int, frame: object) -> None:
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._events.emit("info", "Stopping", "stopping after this step, and saving; press Ctrl-C again to stop at once")
+            self._stop_job()
+        else:
+            raise KeyboardInterrupt
+
+    def _stop_job(self) -> None:
+        """Ask the coordinator to save and end; without one there is nothing to save."""
+        coordinator = self._children.get("coordinator")
+        if coordinator is None or coordinator.code is not None:
+            raise YieldedError("stopped while nothing was running")
+        coordinator.terminate()
+        self._stop_deadline = time.monotonic() + SAVE_GRACE_SECONDS
+
+    def _stop_child(self, child: Child) -> None:
+        child.terminate()
+        if not child.wait(END_GRACE_SECONDS):
+            child.kill()
+            child.wait(END_GRACE_SECONDS)
+        else:
+            child.kill()  # what it had started
+
+    def _end_children(self) -> None:
+        for child in self._children.values():
+            child.wait(END_GRACE_SECONDS / 2 if child.spec.role != "coordinator" else 0)
+        for child in self._children.values():
+            child.terminate()
+        for child in self._children.values():
+            child.wait(END_GRACE_SECONDS)
+            child.kill()
+            child.wait(END_GRACE_SECONDS)
+
+
+_ERRORS: dict[int, type[GRPOError]] = {
+    kind.exit_code: kind
+    for kind in (UsageError, DataError, ConfigError, CheckpointDamagedError, PeerLostError, StalledError, DeviceError)
+}
+
+
+def _code_text(code: int | None) -> str:
+    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"

@@ -1,0 +1,82 @@
+"""How a worker stays a member: it tells the coordinator that it lives, and learns what is expected of it.
+
+Invariant: a coordinator that does not answer is never an error here (it may be restarting); how long it has been silent is
+known at any time, and the worker decides what that means.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import aiohttp
+import msgspec
+
+from grpo_worker.protocol import codec
+from grpo_worker.protocol.auth import authorization
+from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
+
+MEMBERS_PATH = "/v1/members"
+REQUEST_TIMEOUT_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class HeartbeatClient:
+    """Posts `beat()` every `interval_seconds`, and at once after `wake`. Belongs to the event loop that runs `run`."""
+
+    def __init__(
+        self,
+        coordinator_url: str,
+        token: str,
+        interval_seconds: float,
+        beat: Callable[[], Heartbeat],
+        on_reply: Callable[[HeartbeatReply], None] | None = None,
+    ) -> None:
+        self.url = coordinator_url.rstrip("/") + MEMBERS_PATH
+        self.reply: HeartbeatReply | None = None
+        self._headers = {**authorization(token), "Content-Type": codec.CONTENT_TYPE}
+        self._interval_seconds = interval_seconds
+        self._beat = beat
+        self._on_reply = on_reply
+        self._wake = asyncio.Event()
+        self._answered = time.monotonic()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Time since the coordinator's last answer (since the start, before the first)."""
+        return time.monotonic() - self._answered
+
+    def wake(self) -> None:
+        """Beat now: the state has changed. Call from the event loop's thread."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS)
+        async with aiohttp.ClientSession(timeout=timeout, headers=self._headers) as session:
+            while True:
+                self._wake.clear()
+                await self._post(session)
+                try:
+                    await asyncio.wait_for(self._wake.wait(), self._interval_seconds)
+                except TimeoutError:
+                    continue
+
+    async def _post(self, session: aiohttp.ClientSession) -> None:
+        try:
+            async with session.post(self.url, data=codec.encode(self._beat())) as response:
+                body = await response.read()
+                response.raise_for_status()
+            self.reply = codec.decode(body, HeartbeatReply)
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+            log.warning(
+                "heartbeat to %s failed: %s (silent for %.0f s)",
+                self.url,
+                error or type(error).__name__,
+                self.silent_seconds,
+            )
+            return
+        self._answered = time.monotonic()
+        if self._on_reply is not None:
+            self._on_reply(self.reply)

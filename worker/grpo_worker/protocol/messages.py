@@ -1,0 +1,256 @@
+"""Every message between coordinator, trainer and rollout server.
+
+Invariant: token ids, masks and log-probs cross process borders as raw little-endian arrays (`Array`), never as text, and are
+never re-tokenised: the ids that the engine sampled are the ids that the trainer scores.
+"""
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+PROTOCOL_VERSION = 1
+
+
+class Array(msgspec.Struct, array_like=True, frozen=True):
+    """A one-dimensional NumPy array on the wire: dtype name and little-endian bytes."""
+
+    dtype: Literal["int32", "int64", "float32", "uint8"]
+    data: bytes
+
+    @classmethod
+    def of(cls, values: "np.ndarray | list[int] | list[float]", dtype: str) -> "Array":
+        return cls(dtype, np.ascontiguousarray(values, dtype=dtype).tobytes())  # type: ignore[arg-type]
+
+    def numpy(self) -> np.ndarray:
+        """Read-only view of the values, `[length]`."""
+        return np.frombuffer(self.data, dtype=self.dtype)
+
+
+# --- membership ---------------------------------------------------------------------------------------------------------------
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """Worker -> coordinator, POST /v1/members, every `network.heartbeatSeconds`."""
+
+    role: Literal["trainer", "rollout"]
+    name: str  # stable over restarts, e.g. "rollout-0"
+    instance: str  # new for each process start
+    url: str
+    state: Literal["starting", "ready", "failed"]
+    weight_version: int | None = None  # the version that the engine serves; None before the first sync
+    weight_digest: str | None = None
+    message: str = ""
+    stats: dict[str, float] = {}  # e.g. running, waiting, kv_cache_usage, generated_tokens_total, memory_bytes
+
+
+class HeartbeatReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Coordinator's answer. A replica is ready only while its version is within [`policy_version` - `max_staleness`, `policy_version`]."""
+
+    incarnation: str  # new for each start of the coordinator: versions of another incarnation are not comparable
+    policy_version: int | None
+    max_staleness: int
+    stop: bool = False  # the job is over: end with exit code 0
+
+
+# --- rollout ------------------------------------------------------------------------------------------------------------------
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    n: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int  # -1: all
+    min_p: float = 0.0
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+
+
+class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    token_ids: Array  # int32 [prompt tokens]
+    seed: int | None = None  # sample i of the group uses a stream derived from (seed, i)
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Coordinator -> rollout, POST /v1/generate. The reply is a stream of frames (codec.write_frame), one `GroupResult` a prompt as it
+    finishes, then one `GenerateEnd`."""
+
+    request_id: str
+    prompts: list[PromptRequest]
+    sampling: Sampling
+    deadline_seconds: float
+    # Admit all prompts to the engine before it runs any of them: the batches that the engine forms, and so every bit of the
+    # result, then depend on this request alone. Needs an otherwise idle engine.
+    atomic: bool = False
+    min_weight_version: int | None = None  # refuse (409) when the engine serves an older version
+
+
+class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
+    """Tokens [start, end) of a response were sampled with `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class SampleResult(msgspec.Struct, frozen=True, kw_only=True):
+    token_ids: Array  # int32 [response tokens], the stop token included
+    log_probs: Array  # float32 [response tokens], of the distribution that was sampled from (processed_logprobs)
+    finish_reason: Literal["stop", "length", "abort"]
+    versions: list[VersionSpan]
+
+
+class GroupResult(msgspec.Struct, frozen=True, kw_only=True, tag="group"):
+    id: str
+    samples: list[SampleResult]
+    error: str | None = None  # then samples is empty
+    error_kind: Literal["", "prompt_too_long", "token_out_of_range", "deadline", "engine"] = ""
+
+
+class GenerateEnd(msgspec.Struct, frozen=True, kw_only=True, tag="end"):
+    request_id: str
+    seconds: float
+    generated_tokens: int
+
+
+class StoreSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the `store` transport's snapshot of one version is served (by trainer rank 0)."""
+
+    host: str
+    port: int
+    version: int
+    digest: str  # of the manifest: names, shapes, dtypes, checksums
+    total_bytes: int
+
+
+class ApplyWeightsRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Coordinator -> rollout, POST /v1/weights: pause(keep) -> start -> update -> finish(version) -> resume."""
+
+    version: int
+    store: StoreSource
+    timeout_seconds: float
+    clear_cache: bool = True
+
+
+class ApplyWeightsReply(msgspec.Struct, frozen=True, kw_only=True):
+    version: int  # read back from the engine's workers after the update, not echoed
+    digest: str
+    bytes: int
+    pull_seconds: float  # network and verification
+    apply_seconds: float  # into the engine
+    pause_seconds: float  # generation stood still
+    total_seconds: float
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of each reply with a status of 400 and above."""
+
+    reason: str  # a word of the contract, e.g. "PromptTooLong", "Paused", "EngineDead", "StaleWeights"
+    message: str
+
+
+# --- trainer ------------------------------------------------------------------------------------------------------------------
+
+
+class TrainBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Sequences as ragged arrays. `response_*` arrays are concatenated over sequences in order: [sum of response_lengths]."""
+
+    prompt_lengths: Array  # int32 [sequences]
+    response_lengths: Array  # int32 [sequences]
+    token_ids: Array  # int32 [sum of prompt and response lengths], each sequence prompt then response
+    response_mask: Array | None = None  # uint8; 0 takes a token out of the loss and its normaliser
+    old_log_probs: Array | None = None  # float32
+    ref_log_probs: Array | None = None  # float32
+    advantages: Array | None = None  # float32
+    is_weights: Array | None = None  # float32, rollout correction; factor on the policy loss
+    mini_batch_sequences: list[int] = []  # sequences of each optimizer step, in order; sums to the number of sequences
+
+
+class LogProbsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="compute_log_probs"):
+    batch: TrainBatch
+    actor: bool  # the current policy's log-probs and entropy
+    reference: bool  # the reference model's log-probs
+
+
+class LogProbsReply(msgspec.Struct, frozen=True, kw_only=True, tag="log_probs"):
+    log_probs: Array | None  # float32 [response tokens]
+    entropy: Array | None
+    ref_log_probs: Array | None
+    metrics: dict[str, float]
+
+
+class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
+    step: int  # 1-based number of the step that this update makes
+    batch: TrainBatch
+
+
+class UpdateReply(msgspec.Struct, frozen=True, kw_only=True, tag="updated"):
+    metrics: dict[str, float]  # verl's names, e.g. actor/pg_clipfrac
+
+
+class PublishRequest(msgspec.Struct, frozen=True, kw_only=True, tag="publish"):
+    version: int
+
+
+class PublishReply(msgspec.Struct, frozen=True, kw_only=True, tag="published"):
+    store: StoreSource
+    seconds: float
+
+
+class SaveRequest(msgspec.Struct, frozen=True, kw_only=True, tag="save"):
+    """Write `actor/` and `state/` below `directory`. The reply comes when the state is copied (the next update may run);
+    writing goes on in the background until `save_status` says it is done."""
+
+    directory: str
+    step: int
+
+
+class SaveReply(msgspec.Struct, frozen=True, kw_only=True, tag="save_started"):
+    stall_seconds: float
+
+
+class SaveStatusRequest(msgspec.Struct, frozen=True, kw_only=True, tag="save_status"):
+    wait_seconds: float = 0.0
+
+
+class SaveStatusReply(msgspec.Struct, frozen=True, kw_only=True, tag="save_state"):
+    done: bool
+    error: str = ""
+    files: dict[str, str] = {}  # path below the directory -> "xxh3:HEX"
+    seconds: float = 0.0
+
+
+class LoadRequest(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
+    directory: str
+
+
+class LoadReply(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
+    step: int
+
+
+class StopRequest(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
+    pass
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    pass
+
+
+class RemoteError(msgspec.Struct, frozen=True, kw_only=True, tag="error"):
+    """The operation failed on some rank; the trainer process ends with `exit_code` unless `recoverable`."""
+
+    reason: str
+    message: str
+    exit_code: int
+    recoverable: bool = False
+
+
+# POST /v1/trainer takes one of these as msgpack and answers with one of TrainerReply.
+TrainerRequest = (
+    LogProbsRequest | UpdateRequest | PublishRequest | SaveRequest | SaveStatusRequest | LoadRequest | StopRequest
+)
+TrainerReply = (
+    LogProbsReply | UpdateReply | PublishReply | SaveReply | SaveStatusReply | LoadReply | Done | RemoteError
+)

@@ -1,0 +1,42 @@
+"""From a run directory to its two files.
+
+Invariant: report.html and report.png appear whole or not at all, beside the run's other files.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from grpo_worker.errors import ConfigError
+from grpo_worker.report.curves import make_charts
+from grpo_worker.report.page import render_page
+from grpo_worker.report.png import write_png
+from grpo_worker.report.run_data import read_run
+from grpo_worker.report.summary import summarize
+
+
+def write_report(run_dir: Path) -> tuple[Path, Path]:
+    """Write `report.html` and `report.png` into the run directory and return their paths.
+
+    Raises:
+        DataError: the directory is missing or holds no metrics.
+        ConfigError: the files cannot be written.
+    """
+    run = read_run(run_dir)
+    charts = make_charts(run.metrics)
+    summary = summarize(run)
+    html_path, png_path = run_dir / "report.html", run_dir / "report.png"
+    page = render_page(run, summary, charts)
+    _whole(html_path, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
+    _whole(png_path, lambda path: write_png(path, summary.headline, charts))
+    return html_path, png_path
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: {error.strerror}. Free space or make the run directory writable.") from error

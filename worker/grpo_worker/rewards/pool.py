@@ -1,0 +1,385 @@
+"""Scores samples in killable worker processes: asyncio in front, a time limit on each call behind.
+
+Invariant: each sample given to the pool ends as exactly one RewardOutcome, a result or a failure with its kind, and at
+most one more call is made for it (a crash is tried once more, first of all on a fresh worker: the same sample crashing
+twice is no accident). A worker that hangs or dies takes one sample with it; the others it had been sent go back to the head
+of the queue. The event loop never waits.
+"""
+
+import asyncio
+import math
+import pickle
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from grpo_worker.errors import DataError, RetryableError, UsageError
+from grpo_worker.rewards.base import RewardInput, RewardResult
+from grpo_worker.rewards.process import Loss, WorkerProcess
+from grpo_worker.rewards.wire import Failed, FailureKind, LoadFailed, Ready, Reply, Scored, Setup
+
+# A worker is sent calls ahead, so that it need not wait for the pool between two fast ones: this many seconds' worth,
+# at most so many.
+_AHEAD_SECONDS = 0.05
+_AHEAD_CALLS = 64
+# Replacements that fail to start in a row before the pool gives up, and the pause before each new try.
+_START_TRIES = 4
+_RESTART_PAUSE_SECONDS = 0.5
+# close() within 5 seconds: first for exit handlers, then for the kernel.
+_EXIT_SECONDS = 1.0
+_KILL_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class RewardFailure:
+    """Why a sample has no score. `message` is for people: the end of the traceback, the signal, the limit."""
+
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True)
+class RewardOutcome:
+    """Either `result` or `failure`; `seconds` is the time inside the reward function."""
+
+    result: RewardResult | None
+    failure: RewardFailure | None
+    seconds: float
+
+
+class PoolClosedError(RuntimeError):
+    """The pool was closed before the sample was scored."""
+
+
+@dataclass(eq=False)
+class _Call:
+    sample: RewardInput
+    outcome: asyncio.Future[RewardOutcome]
+    crashes: int = 0
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A place for a worker; its worker is replaced when lost."""
+
+    worker: WorkerProcess | None = None
+    ready: bool = False
+    sent: deque[_Call] = field(default_factory=deque)  # the first one is being computed
+    retry: _Call | None = None  # crashed a worker once; runs first on the next
+
+
+class RewardPool:
+    """`workers` processes that each loaded the function `function_name` with `options` (see lookup.resolve).
+
+    `timeout_seconds` limits each call, `startup_timeout_seconds` the loading of the function (imports included).
+    `memory_limit_bytes` caps a worker's address space (RLIMIT_AS), so that a runaway verifier gets a MemoryError. Use
+    from one event loop:
+
+        async with RewardPool("gsm8k", {}, workers=2, timeout_seconds=5, startup_timeout_seconds=60) as pool:
+            outcomes = await pool.score_many(samples)
+    """
+
+    def __init__(
+        self,
+        function_name: str,
+        options: dict[str, Any],
+        workers: int,
+        timeout_seconds: float,
+        startup_timeout_seconds: float,
+        *,
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        for name, value in (
+            ("workers", workers),
+            ("timeoutSeconds", timeout_seconds),
+            ("startupTimeoutSeconds", startup_timeout_seconds),
+        ):
+            if not value > 0:
+                raise UsageError(f"reward.{name}: {value} is not above 0.")
+        self._setup = Setup(function_name, options, memory_limit_bytes)
+        self._timeout_seconds = timeout_seconds
+        self._startup_timeout_seconds = startup_timeout_seconds
+        self._slots = [_Slot() for _ in range(workers)]
+        self._queue: deque[_Call] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._processes: set[WorkerProcess] = set()  # in the slots, or killed and not yet reaped
+        self._started: asyncio.Future[None] | None = None
+        self._running = False
+        self._dispatching = False
+        self._start_failures = 0
+        self._broken: Exception | None = None
+        self._closed = False
+        self._scored = 0
+        self._failures: dict[FailureKind, int] = {"timeout": 0, "crash": 0, "exception": 0, "invalid": 0}
+        self._restarts = 0
+        self._seconds = 0.0
+        self._answered = 0  # calls that came back with an answer, and their seconds: how far to send ahead
+        self._answered_seconds = 0.0
+
+    async def start(self) -> None:
+        """Starts all workers at once and waits until each has loaded the function.
+
+        Raises:
+            DataError: the function does not load (the end of the user's traceback is in the message), or not within the
+            limit.
+        """
+        self._started = asyncio.get_running_loop().create_future()
+        for slot in self._slots:
+            self._start_worker(slot)
+        try:
+            await self._started
+        except BaseException:
+            await self.close()
+            raise
+
+    async def score(self, sample: RewardInput) -> RewardOutcome:
+        """Raises RetryableError when no worker can be started any more, PoolClosedError after close()."""
+        return await self._submit(sample)
+
+    async def score_many(self, samples: Sequence[RewardInput]) -> list[RewardOutcome]:
+        """The outcomes in the order of the samples. Raises as `score` does."""
+        return await asyncio.gather(*[self._submit(sample) for sample in samples])
+
+    def metrics(self) -> dict[str, float]:
+        """Totals since the start. `seconds`: inside the function, over all workers. `restarts`: workers replaced."""
+        return {
+            "scored": self._scored,
+            "timeouts": self._failures["timeout"],
+            "crashes": self._failures["crash"],
+            "exceptions": self._failures["exception"],
+            "invalid": self._failures["invalid"],
+            "restarts": self._restarts,
+            "seconds": self._seconds,
+        }
+
+    async def close(self) -> None:
+        """Ends all workers and their children within 5 seconds. Calls not yet answered raise PoolClosedError."""
+        self._closed = True
+        self._abandon(PoolClosedError("the reward pool was closed before the sample was scored"))
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_EXIT_SECONDS)
+        for slot in self._slots:
+            if slot.worker is not None:
+                if slot.ready and not slot.sent:
+                    slot.worker.close_requests()
+                else:
+                    slot.worker.kill()
+                slot.sent.clear()
+        if alive := [worker for worker in self._processes if worker.alive]:
+            await asyncio.wait([worker.gone for worker in alive], timeout=_EXIT_SECONDS)
+            for worker in alive:
+                worker.kill()
+            await asyncio.wait([worker.gone for worker in alive], timeout=_KILL_SECONDS)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- calls ---
+
+    def _submit(self, sample: RewardInput) -> asyncio.Future[RewardOutcome]:
+        if not self._running:
+            raise RuntimeError("score() before start() has returned")
+        outcome: asyncio.Future[RewardOutcome] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            outcome.set_exception(PoolClosedError("the reward pool is closed"))
+        elif self._broken is not None:
+            outcome.set_exception(self._broken)
+        else:
+            self._queue.append(_Call(sample, outcome))
+            if not self._dispatching:
+                self._dispatching = True
+                asyncio.get_running_loop().call_soon(self._dispatch)
+        return outcome
+
+    def _dispatch(self) -> None:
+        self._dispatching = False
+        for slot in self._slots:
+            if not self._queue:
+                return
+            self._fill(slot)
+
+    def _calls_ahead(self) -> int:
+        """Enough fast calls to keep a worker busy, one slow call at a time, no more than its share of the queue."""
+        mean_seconds = self._answered_seconds / self._answered if self._answered else _AHEAD_SECONDS
+        by_time = int(_AHEAD_SECONDS / max(mean_seconds, 1e-9))
+        share = math.ceil(len(self._queue) / len(self._slots))
+        return max(1, min(_AHEAD_CALLS, by_time, share))
+
+    def _fill(self, slot: _Slot) -> None:
+        if slot.worker is None or not slot.ready or slot.retry is not None:
+            return
+        limit = self._calls_ahead()
+        if len(slot.sent) > limit // 2:
+            return  # top up by half windows: fewer, larger writes
+        self._send(slot, limit - len(slot.sent))
+
+    def _send(self, slot: _Slot, count: int) -> None:
+        bodies: list[bytes] = []
+        was_idle = not slot.sent
+        while self._queue and len(bodies) < count:
+            call = self._queue.popleft()
+            if call.outcome.done():  # the caller has gone
+                continue
+            try:
+                body = pickle.dumps(call.sample)
+            except Exception as error:
+                self._fail(
+                    call, "exception", f"the sample cannot be sent to a worker: {type(error).__name__}: {error}", 0.0
+                )
+                continue
+            bodies.append(body)
+            slot.sent.append(call)
+        if bodies and slot.worker is not None:
+            slot.worker.send(bodies)
+            if was_idle:
+                slot.worker.set_deadline(self._timeout_seconds)
+
+    def _settle(self, call: _Call, outcome: RewardOutcome) -> None:
+        self._seconds += outcome.seconds
+        if outcome.failure is None:
+            self._scored += 1
+        else:
+            self._failures[outcome.failure.kind] += 1
+        if not call.outcome.done():
+            call.outcome.set_result(outcome)
+
+    def _fail(self, call: _Call, kind: FailureKind, message: str, seconds: float) -> None:
+        self._settle(call, RewardOutcome(None, RewardFailure(kind, message), seconds))
+
+    def _abandon(self, error: Exception) -> None:
+        """Every waiting caller gets `error`."""
+        calls = list(self._queue)
+        self._queue.clear()
+        for slot in self._slots:
+            calls += [*slot.sent, *([slot.retry] if slot.retry is not None else [])]
+            slot.retry = None
+        for call in calls:
+            if not call.outcome.done():
+                call.outcome.set_exception(error)
+
+    # --- workers ---
+
+    def _start_worker(self, slot: _Slot) -> None:
+        slot.ready = False
+        worker = WorkerProcess(self._setup, partial(self._replied, slot), partial(self._lost, slot))
+        slot.worker = worker
+        self._processes.add(worker)
+        worker.gone.add_done_callback(lambda _: self._processes.discard(worker))
+        worker.set_deadline(self._startup_timeout_seconds)
+        self._run(self._spawn(slot, worker))
+
+    async def _spawn(self, slot: _Slot, worker: WorkerProcess) -> None:
+        try:
+            await worker.spawn()
+        except OSError as error:
+            worker.kill()
+            self._processes.discard(worker)
+            self._start_failed(slot, RetryableError(f"a reward worker process could not be started: {error}."))
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _replied(self, slot: _Slot, worker: WorkerProcess, replies: list[Reply]) -> None:
+        for reply in replies:
+            if isinstance(reply, Ready) and not slot.ready:
+                self._worker_ready(slot)
+            elif isinstance(reply, LoadFailed) and not slot.ready:
+                worker.kill()
+                self._start_failed(slot, DataError(reply.message))
+                return
+            elif isinstance(reply, Scored | Failed) and slot.sent:
+                self._answer(slot.sent.popleft(), reply)
+            else:
+                worker.kill()
+                self._lost(slot, worker, Loss("crash", "the worker sent a reply that no call asked for"))
+                return
+        worker.set_deadline(self._timeout_seconds if slot.sent else None)
+        self._fill(slot)
+
+    def _answer(self, call: _Call, reply: Scored | Failed) -> None:
+        self._answered += 1
+        self._answered_seconds += reply.seconds
+        if isinstance(reply, Failed):
+            self._fail(call, reply.kind, reply.message, reply.seconds)
+        else:
+            result = RewardResult(reply.score, reply.accuracy, reply.extra)
+            self._settle(call, RewardOutcome(result, None, reply.seconds))
+
+    def _worker_ready(self, slot: _Slot) -> None:
+        slot.ready = True
+        self._start_failures = 0
+        if self._started is not None and not self._started.done() and all(each.ready for each in self._slots):
+            self._running = True
+            self._started.set_result(None)
+        if slot.retry is not None:
+            self._queue.appendleft(slot.retry)
+            slot.retry = None
+            self._send(slot, 1)
+
+    def _lost(self, slot: _Slot, worker: WorkerProcess, loss: Loss) -> None:
+        if self._closed:
+            return
+        if not slot.ready or not self._running:
+            name = self._setup.function_name
+            if loss.kind == "timeout":
+                text = (
+                    f"reward.function: {name!r} was not loaded within {self._startup_timeout_seconds:g} s."
+                    " Load big files on first use, or raise reward.startupTimeoutSeconds."
+                )
+            else:
+                text = f"reward.function: {name!r}: {loss.message} while it loaded the function. Its output is above."
+            self._start_failed(slot, DataError(text))
+            return
+        sent, slot.sent = slot.sent, deque()
+        self._restarts += 1
+        if sent:
+            call = sent.popleft()
+            self._queue.extendleft(reversed(sent))
+            self._give_up_or_retry(slot, call, loss)
+        self._start_worker(slot)
+        self._dispatch()
+
+    def _give_up_or_retry(self, slot: _Slot, call: _Call, loss: Loss) -> None:
+        if loss.kind == "timeout":
+            message = f"no result within {self._timeout_seconds:g} s (reward.timeoutSeconds); the worker was killed"
+            self._fail(call, "timeout", message, self._timeout_seconds)
+            return
+        call.crashes += 1
+        if call.crashes > 1:
+            self._fail(call, "crash", f"{loss.message}, twice, on this sample", 0.0)
+        else:
+            slot.retry = call
+
+    def _start_failed(self, slot: _Slot, error: Exception) -> None:
+        """At the pool's start the first failure is final; a replacement may fail by accident and is tried again."""
+        if self._closed:
+            return
+        if not self._running:
+            if self._started is not None and not self._started.done():
+                self._started.set_exception(error)
+            return
+        self._start_failures += 1
+        if self._start_failures >= _START_TRIES:
+            self._broken = RetryableError(
+                f"reward workers cannot be started any more ({self._start_failures} tries): {error}"
+            )
+            self._abandon(self._broken)
+            return
+        self._run(self._start_again(slot, _RESTART_PAUSE_SECONDS * 2 ** (self._start_failures - 1)))
+
+    async def _start_again(self, slot: _Slot, pause_seconds: float) -> None:
+        await asyncio.sleep(pause_seconds)
+        self._start_worker(slot)

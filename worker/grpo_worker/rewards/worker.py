@@ -1,0 +1,131 @@
+"""The program of one reward worker: load the function, then answer calls one by one until the pool goes away.
+
+Invariant: file descriptors 0 and 1 belong to the user's code (nothing to read, prints go to standard error); the frames
+use private copies that no child process inherits. The worker never outlives the pool: the kernel kills it when the
+parent dies, even in the middle of a call, and it ends itself when its requests end.
+"""
+
+import ctypes
+import io
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+from typing import BinaryIO
+
+from grpo_worker.errors import GRPOError
+from grpo_worker.rewards.base import InvalidRewardError, RewardFunction, RewardInput
+from grpo_worker.rewards.lookup import resolve, traceback_tail
+from grpo_worker.rewards.wire import (
+    HEADER_BYTES,
+    MAX_REPLY_BYTES,
+    Failed,
+    LoadFailed,
+    Ready,
+    Reply,
+    Scored,
+    Setup,
+    body_length,
+    encode_reply,
+    frame,
+)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MESSAGE_CHARACTERS = 4000
+# When memory runs out, the kernel should take a worker, which is replaced, before the pool's process (1000: first).
+_OOM_SCORE = b"700"
+
+
+def main() -> None:
+    requests, replies = _claim_pipes()
+    _die_with_parent()
+    body = _read_frame(requests)
+    if body is None:
+        return
+    setup: Setup = pickle.loads(body)
+    _limit_resources(setup.memory_limit_bytes)
+    try:
+        function = resolve(setup.function_name, setup.options)
+    except GRPOError as error:
+        _send(replies, LoadFailed(str(error)))
+        return
+    except BaseException as error:
+        _send(replies, LoadFailed(f"reward.function: {setup.function_name!r} failed to load:\n{traceback_tail(error)}"))
+        return
+    _send(replies, Ready())
+    while (body := _read_frame(requests)) is not None:
+        _send(replies, _call(function, body))
+
+
+def _call(function: RewardFunction, body: bytes) -> Scored | Failed:
+    start = time.perf_counter()
+    try:
+        sample: RewardInput = pickle.loads(body)
+        result = function(sample)
+    except InvalidRewardError as error:
+        return Failed("invalid", str(error)[:_MESSAGE_CHARACTERS], time.perf_counter() - start)
+    except BaseException as error:  # sys.exit() in a verifier is a failed call, not the end of the worker
+        return Failed("exception", traceback_tail(error)[-_MESSAGE_CHARACTERS:], time.perf_counter() - start)
+    return Scored(result.score, result.accuracy, result.extra, time.perf_counter() - start)
+
+
+def _claim_pipes() -> tuple[BinaryIO, int]:
+    requests, replies = os.dup(0), os.dup(1)  # os.dup: not inheritable by exec
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a killed worker's prints are not lost
+
+    def close_in_child() -> None:
+        os.close(requests)
+        os.close(replies)
+
+    os.register_at_fork(
+        after_in_child=close_in_child
+    )  # multiprocessing's children neither write frames nor hold the pipe open
+    return os.fdopen(requests, "rb", closefd=False), replies
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _limit_resources(memory_limit_bytes: int | None) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a verifier that segfaults for each sample must not fill the disk
+    if memory_limit_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
+    if sys.platform == "linux":
+        try:
+            with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
+                file.write(_OOM_SCORE)
+        except OSError as error:  # a locked-down /proc: the worker works as well without
+            print(f"reward worker: oom_score_adj not set: {error}", file=sys.stderr)
+
+
+def _read_frame(requests: BinaryIO) -> bytes | None:
+    header = requests.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES:
+        return None
+    length = body_length(header)
+    body = requests.read(length)
+    return body if len(body) == length else None
+
+
+def _send(replies: int, reply: Reply) -> None:
+    body = encode_reply(reply)
+    if len(body) > MAX_REPLY_BYTES:
+        body = encode_reply(
+            Failed("invalid", f"the result takes {len(body)} bytes (the limit is {MAX_REPLY_BYTES})", 0.0)
+        )
+    view = memoryview(frame(body))
+    while view:
+        view = view[os.write(replies, view) :]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""From a request to results: every prompt is answered exactly once, with its samples or with an error of a known kind.
+
+Invariant: nothing is missing silently (a prompt whose deadline passed says so), no prompt disturbs another, and when the consumer goes
+away, what it asked for leaves the engine.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+from grpo_worker.protocol.messages import GenerateEnd, GenerateRequest, GroupResult, PromptRequest, SampleResult, Sampling
+from grpo_worker.rollout.engine import EngineDeadError, Group, RolloutEngine, numpy_tokens
+
+log = logging.getLogger(__name__)
+
+
+def refusal(prompt: PromptRequest, sampling: Sampling, vocab_size: int, max_model_len: int) -> GroupResult | None:
+    """Why the engine must not see this prompt, or None. vLLM without a tokenizer does not check ids, and it silently shortens a response
+    that does not fit into the context."""
+    tokens = numpy_tokens(prompt.token_ids)
+    if len(tokens) + sampling.max_tokens > max_model_len:
+        message = (
+            f"prompt '{prompt.id}' has {len(tokens)} tokens; with max_tokens {sampling.max_tokens} it exceeds the engine's context of "
+            f"{max_model_len} tokens"
+        )
+        return GroupResult(id=prompt.id, samples=[], error=message, error_kind="prompt_too_long")
+    if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+        position = int(((tokens < 0) | (tokens >= vocab_size)).argmax())
+        message = f"prompt '{prompt.id}': token id {tokens[position]} at position {position} is outside the vocabulary 0..{vocab_size - 1}"
+        return GroupResult(id=prompt.id, samples=[], error=message, error_kind="token_out_of_range")
+    return None
+
+
+async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncIterator[GroupResult | GenerateEnd]:
+    """Results as they finish, then the end. Close the iterator to abort what is left."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    deadline = started + request.deadline_seconds
+    generated_tokens = 0
+    accepted: list[PromptRequest] = []
+    for prompt in request.prompts:
+        if (refused := refusal(prompt, request.sampling, engine.vocab_size, engine.max_model_len)) is not None:
+            yield refused
+        else:
+            accepted.append(prompt)
+    waiting = {prompt.id for prompt in accepted}
+    groups: dict[str, Group] = {}
+    tasks: dict[asyncio.Task[list[SampleResult]], str] = {}
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await stack.enter_async_context(engine.gate.exclusive() if request.atomic else engine.gate.shared())
+                stack.push_async_callback(_drop, groups, tasks)  # before the gate opens for others
+                failed = await _admit(engine, request, accepted, groups)
+        except TimeoutError:
+            log.warning("request %s: its deadline of %s s passed before the engine took it", request.request_id, request.deadline_seconds)
+            failed = []
+        for result in failed:
+            waiting.discard(result.id)
+            yield result
+        tasks.update({asyncio.create_task(group.results()): name for name, group in groups.items()})
+        while tasks:
+            done, _ = await asyncio.wait(tasks, timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            for task in done:
+                name = tasks.pop(task)
+                result = _result(name, task)
+                waiting.discard(name)
+                generated_tokens += sum(len(sample.token_ids.numpy()) for sample in result.samples)
+                yield result
+    for prompt in accepted:
+        if prompt.id in waiting:
+            message = f"prompt '{prompt.id}' was not finished within {request.deadline_seconds} s"
+            yield GroupResult(id=prompt.id, samples=[], error=message, error_kind="deadline")
+    yield GenerateEnd(request_id=request.request_id, seconds=loop.time() - started, generated_tokens=generated_tokens)
+
+
+async def _admit(
+    engine: RolloutEngine, request: GenerateRequest, prompts: list[PromptRequest], groups: dict[str, Group]
+) -> list[GroupResult]:
+    """Fill `groups`; returns the prompts that vLLM refused."""
+    failed = []
+    if request.atomic:
+        await engine.pause()
+    try:
+        for prompt in prompts:
+            tokens = numpy_tokens(prompt.token_ids).tolist()
+            try:
+                groups[prompt.id] = await engine.admit(f"{request.request_id}/{prompt.id}", tokens, request.sampling, prompt.seed)
+            except (ValueError, RuntimeError, EngineDeadError) as error:
+                failed.append(_failure(prompt.id, error))
+    finally:
+        if request.atomic:
+            await engine.resume()
+    return failed
+
+
+def _result(name: str, task: "asyncio.Task[list[SampleResult]]") -> GroupResult:
+    try:
+        return GroupResult(id=name, samples=task.result())
+    except Exception as error:  # vLLM's errors about one request have no common base over its versions
+        return _failure(name, error)
+
+
+def _failure(name: str, error: Exception) -> GroupResult:
+    log.error("prompt '%s' failed in the engine: %s: %s", name, type(error).__name__, error)
+    return GroupResult(id=name, samples=[], error=f"prompt '{name}' failed in the engine: {error}", error_kind="engine")
+
+
+async def _drop(groups: dict[str, Group], tasks: "dict[asyncio.Task[list[SampleResult]], str]") -> None:
+    """Cancel and abort what has not finished (finished groups have nothing left to abort)."""
+    for task in tasks:
+        task.cancel()
+    for group in groups.values():
+        await group.abort()
+    tasks.clear()
+    groups.clear()

@@ -1,0 +1,121 @@
+"""The replica's membership: it tells the coordinator what it serves, and learns what it should serve.
+
+Invariant: a replica is ready only while its engine is healthy, the coordinator has answered recently, and its weight version is
+within [policy_version - max_staleness, policy_version] of this coordinator's incarnation. Versions of another incarnation do not count.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import aiohttp
+import msgspec
+
+from grpo_worker.errors import RetryableError
+from grpo_worker.protocol import auth, codec
+from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
+from grpo_worker.rollout.engine import RolloutEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MembershipOptions:
+    coordinator_url: str
+    name: str  # stable over restarts, e.g. "rollout-0"
+    instance: str  # new for each process start
+    url: str  # where this replica is reached
+    heartbeat_seconds: float = 1.0
+    lost_after_seconds: float = 30.0  # without an answer for so long the replica is not ready
+    give_up_after_seconds: float = 600.0  # then the process ends, to be started again
+    token: str = ""
+
+
+def unready_reason(
+    *, engine_problem: str, weight_version: int | None, reply: HeartbeatReply | None, reply_age_seconds: float, lost_after_seconds: float
+) -> str:
+    """Why the replica must not serve now; '' when it may."""
+    if engine_problem:
+        return engine_problem
+    if reply is None:
+        return "the coordinator has not answered yet"
+    if reply_age_seconds > lost_after_seconds:
+        return f"the coordinator has not answered for {reply_age_seconds:.0f} s (limit {lost_after_seconds:.0f} s)"
+    if reply.policy_version is None:
+        return "the coordinator has no policy version yet"
+    if weight_version is None:
+        return f"no weights were applied yet; policy version {reply.policy_version} is current"
+    oldest = reply.policy_version - reply.max_staleness
+    if not oldest <= weight_version <= reply.policy_version:
+        return f"weight version {weight_version} is outside [{oldest}, {reply.policy_version}]"
+    return ""
+
+
+class Membership:
+    """Sends heartbeats until it is told to stop."""
+
+    def __init__(self, options: MembershipOptions, engine: RolloutEngine) -> None:
+        self._options, self._engine = options, engine
+        self.state: Literal["starting", "ready", "failed"] = "starting"
+        self._reply: HeartbeatReply | None = None
+        self._answered = time.monotonic()
+
+    def unready_reason(self) -> str:
+        problem = self._engine.broken or ("the engine is dead" if self._engine.dead else "")
+        if self.state == "starting":
+            problem = "the engine is loading the model"
+        return unready_reason(
+            engine_problem=problem, weight_version=self._engine.weight_version, reply=self._reply,
+            reply_age_seconds=time.monotonic() - self._answered, lost_after_seconds=self._options.lost_after_seconds,
+        )  # fmt: skip
+
+    async def run(self) -> None:
+        """Returns when the coordinator says that the job is over.
+
+        Raises:
+            RetryableError: no answer within `give_up_after_seconds`.
+        """
+        timeout = aiohttp.ClientTimeout(total=max(5.0, self._options.heartbeat_seconds))
+        async with aiohttp.ClientSession(timeout=timeout, headers=auth.authorization(self._options.token)) as session:
+            while True:
+                beat_at = time.monotonic()
+                try:
+                    reply = await self._beat(session)
+                except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+                    self._missed(error)
+                else:
+                    self._answered = time.monotonic()
+                    self._learn(reply)
+                    if reply.stop:
+                        return
+                await asyncio.sleep(max(0.0, beat_at + self._options.heartbeat_seconds - time.monotonic()))
+
+    async def _beat(self, session: aiohttp.ClientSession) -> HeartbeatReply:
+        started = self.state != "starting"
+        message = Heartbeat(
+            role="rollout", name=self._options.name, instance=self._options.instance, url=self._options.url, state=self.state,
+            weight_version=self._engine.weight_version, weight_digest=self._engine.weight_digest, message=self._engine.broken,
+            stats=self._engine.stats() if started else {},
+        )  # fmt: skip
+        url = f"{self._options.coordinator_url}/v1/members"
+        async with session.post(url, data=codec.encode(message), headers={"Content-Type": codec.CONTENT_TYPE}) as response:
+            response.raise_for_status()
+            reply: HeartbeatReply = codec.decode(await response.read(), HeartbeatReply)
+            return reply
+
+    def _learn(self, reply: HeartbeatReply) -> None:
+        if self._reply is not None and reply.incarnation != self._reply.incarnation:
+            log.info("the coordinator has started again: weight version %s counts no more", self._engine.weight_version)
+            self._engine.forget_version()
+        self._reply = reply
+
+    def _missed(self, error: Exception) -> None:
+        silent = time.monotonic() - self._answered
+        log.warning("no answer from the coordinator at %s for %.0f s: %s", self._options.coordinator_url, silent, error)
+        if silent > self._options.give_up_after_seconds:
+            raise RetryableError(
+                f"the coordinator at {self._options.coordinator_url} has not answered for {silent:.0f} s "
+                f"(limit {self._options.give_up_after_seconds:.0f} s): {error}"
+            ) from error

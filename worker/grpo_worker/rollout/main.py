@@ -1,0 +1,121 @@
+"""The rollout process: port, heartbeats and engine come up, and one of them ends it.
+
+Invariant: it ends with 0 when it is told to stop (signal, or the coordinator's word), else with a `GRPOError` that says why. The port
+is bound before the model is loaded, so a clash costs seconds, not minutes.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from grpo_worker.errors import ConfigError
+from grpo_worker.protocol import auth
+from grpo_worker.rollout.engine import RolloutEngine
+from grpo_worker.rollout.heartbeat import Membership, MembershipOptions
+from grpo_worker.rollout.options import EngineOptions
+from grpo_worker.rollout.server import RolloutServer, listen
+
+if TYPE_CHECKING:
+    from grpo_worker.config.job import GRPOJob
+
+log = logging.getLogger(__name__)
+
+COORDINATOR_VARIABLE = "GRPO_COORDINATOR_URL"
+HOST_VARIABLE = "GRPO_HOST"  # address under which the other processes reach this one (a pod's IP); it binds there
+WATCH_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """One replica's place in the job."""
+
+    name: str
+    host: str
+    port: int  # 0: any free one
+    coordinator_url: str
+    token: str
+    heartbeat_seconds: float = 1.0
+    lost_after_seconds: float = 30.0
+    give_up_after_seconds: float = 600.0
+
+
+def run(job: "GRPOJob", *, index: int) -> None:
+    """Serve replica `index` of a job until it is told to stop. Raises GRPOError."""
+    engine, replica = options_of(job, index)
+    asyncio.run(serve(engine, replica))
+
+
+def options_of(job: "GRPOJob", index: int) -> tuple[EngineOptions, ReplicaOptions]:
+    spec = job.spec
+    rollout, network, token = spec.rollout, spec.network, auth.job_token()
+    engine_args = dict(rollout.engine_args)
+    max_model_len = engine_args.pop("max_model_len", None) or spec.data.max_prompt_length + spec.data.max_response_length
+    engine = EngineOptions(
+        model_path=spec.model.path, revision=spec.model.revision, max_model_len=max_model_len, dtype=rollout.dtype,
+        tensor_parallel_size=rollout.tensor_parallel_size, gpu_memory_utilization=rollout.gpu_memory_utilization,
+        max_num_seqs=rollout.max_num_seqs, max_num_batched_tokens=rollout.max_num_batched_tokens, enforce_eager=rollout.enforce_eager,
+        enable_prefix_caching=rollout.enable_prefix_caching, seed=rollout.seed, cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
+        engine_args=engine_args, pull_streams=network.weight_sync_streams, token=token,
+    )  # fmt: skip
+    replica = ReplicaOptions(
+        name=f"rollout-{index}", host=os.environ.get(HOST_VARIABLE, "127.0.0.1"),
+        port=network.rollout_port and network.rollout_port + index,
+        coordinator_url=os.environ.get(COORDINATOR_VARIABLE, f"http://127.0.0.1:{network.coordinator_port}"),
+        token=token, heartbeat_seconds=network.heartbeat_seconds, lost_after_seconds=network.member_timeout_seconds,
+        give_up_after_seconds=max(600.0, 10 * network.member_timeout_seconds),
+    )  # fmt: skip
+    return engine, replica
+
+
+async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
+    """Raises GRPOError; returns when told to stop."""
+    engine = RolloutEngine(options)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    membership: Membership | None = None
+    server = RolloutServer(engine, token=replica.token, unready_reason=lambda: membership.unready_reason() if membership else "starting")
+    try:
+        runner, port = await listen(server.app(), replica.host, replica.port)
+    except OSError as error:
+        what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror})"
+        raise ConfigError(
+            f"network.rolloutPort: port {replica.port} of {replica.host} {what}. Free it, or set another (0: any free one)."
+        ) from error
+    membership = Membership(
+        MembershipOptions(
+            coordinator_url=replica.coordinator_url, name=replica.name, instance=uuid.uuid4().hex, url=f"http://{replica.host}:{port}",
+            heartbeat_seconds=replica.heartbeat_seconds, lost_after_seconds=replica.lost_after_seconds,
+            give_up_after_seconds=replica.give_up_after_seconds, token=replica.token,
+        ),
+        engine,
+    )  # fmt: skip
+    log.info("%s listens on http://%s:%d", replica.name, replica.host, port)
+
+    async def start_and_watch() -> None:
+        await engine.start()
+        server.started = True
+        membership.state = "ready"
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if engine.dead:
+                membership.state = "failed"
+                await engine.check_health()
+
+    tasks = [asyncio.create_task(coroutine) for coroutine in (start_and_watch(), membership.run(), stop.wait())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await runner.cleanup()
+        engine.shutdown()

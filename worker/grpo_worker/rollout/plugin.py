@@ -1,0 +1,127 @@
+"""Inside vLLM's workers: the weight-transfer engine `grpo_store`, and the read-back of what a worker runs.
+
+Invariant: the model is touched only inside `update_weights`, only with bytes that were verified before, and layerwise reload is finalised
+even when loading fails, so that a repeated update can succeed. A parameter that the update did not load is an error (vLLM only logs it).
+
+Loaded by vLLM as a general plug-in (entry point `grpo_store`) in every process, and as the worker extension class of our engine, which
+works without installed distribution metadata. Run with vLLM 0.32.0; written against the sources of 0.26, 0.28 and 0.33.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from grpo_worker.weightsync.manifest import Manifest
+
+BACKEND = "grpo_store"
+
+
+def register() -> None:
+    """Make the backend known to this process. May be called more than once."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, __name__, "StoreTransferEngine")
+
+
+@dataclass
+class StoreInitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed on before the first update."""
+
+
+@dataclass
+class StoreUpdateInfo(WeightTransferUpdateInfo):
+    path: str  # of the staging memory
+    manifest: bytes  # msgpack of `Manifest`; every checksum has been compared with the staged bytes
+
+
+class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
+    """Applies a staged snapshot to the worker's model."""
+
+    init_info_cls = StoreInitInfo
+    update_info_cls = StoreUpdateInfo
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._staged: tuple[str, mmap.mmap] | None = None
+        self._pending: tuple[int, str] | None = None
+        self.applied: tuple[int, str] | None = None  # version and digest of the weights that the model has
+
+    def init_transfer_engine(self, init_info: StoreInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._pending = None
+
+    def receive_weights(self, update_info: StoreUpdateInfo) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        manifest = msgspec.msgpack.decode(update_info.manifest, type=Manifest)
+        data = self._map(update_info.path, manifest.total_bytes)
+        parameters = {name for name, _ in self.model.named_parameters()}
+        self.applied = None
+        initialize_layerwise_reload(self.model)
+        try:
+            loaded = self.model.load_weights(self._tensors(manifest, data))
+        finally:
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._process_tied_layers()
+        if loaded is not None and (left := sorted(parameters - loaded)):
+            raise RuntimeError(f"version {manifest.version} did not load {len(left)} parameters of the model: {', '.join(left[:5])}")
+        self._pending = (manifest.version, manifest.digest)
+
+    def finish_weight_update(self) -> None:
+        # vLLM's own session flag survives an error raised here, so everything that can fail was done before.
+        self.applied = self._pending
+
+    def shutdown(self) -> None:
+        self._staged = None
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: dict[str, Any] | Any) -> None:
+        """Abstract in vLLM up to 0.27. Our trainer does not import vLLM."""
+        raise RuntimeError("weights are published by grpo_worker.weightsync, not through vLLM")
+
+    def _process_tied_layers(self) -> None:
+        """Layerwise reload processes a shared parameter for its first layer only. On CPU every layer has its own packed copy, so a tied
+        output head would go on with the old embedding, without a word."""
+        if self.device.type != "cpu":
+            return
+        seen: set[int] = set()
+        for layer in self.model.modules():
+            own = [id(parameter) for parameter in layer.parameters(recurse=False)]
+            if (method := getattr(layer, "quant_method", None)) is not None and seen.intersection(own):
+                method.process_weights_after_loading(layer)
+            seen.update(own)
+
+    def _map(self, path: str, total_bytes: int) -> mmap.mmap:
+        if self._staged is None or self._staged[0] != path or len(self._staged[1]) < total_bytes:
+            with open(path, "r+b") as file:
+                self._staged = (path, mmap.mmap(file.fileno(), total_bytes))
+        return self._staged[1]
+
+    def _tensors(self, manifest: Manifest, data: mmap.mmap) -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in manifest.tensors:
+            dtype = getattr(torch, entry.dtype)
+            if entry.size_bytes == 0:
+                yield entry.name, torch.empty(entry.shape, dtype=dtype, device=self.device)
+                continue
+            count = entry.size_bytes // dtype.itemsize
+            yield entry.name, torch.frombuffer(data, dtype=dtype, count=count, offset=entry.offset).view(entry.shape).to(self.device)
+
+
+class WorkerExtension:
+    """Methods added to vLLM's worker, called by `collective_rpc`. Importing this module registers the backend in the worker."""
+
+    weight_transfer_engine: StoreTransferEngine
+
+    def grpo_applied_weights(self) -> tuple[int, str] | None:
+        """Version and digest of the weights that this worker's model has."""
+        return self.weight_transfer_engine.applied
+
+
+register()

@@ -1,0 +1,126 @@
+"""Causal attention over sequences packed into one row, as a Transformers attention function.
+
+Invariant: a token attends to the earlier tokens of its own sequence alone; neighbours in the row do not exist for it.
+On CUDA in half precision the variable-length flash kernel of PyTorch runs; elsewhere scaled_dot_product_attention runs on
+each sequence, or on all of them padded where little is padded. Padding goes to the right, so a causal mask suffices.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from grpo_worker.errors import ConfigError
+
+PACKED_ATTENTION = "grpo_packed"
+PADDED_ATTENTION = "sdpa"
+MAX_PADDING_RATIO = 2.0  # padded tokens over real ones up to which one padded call beats one call a sequence
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch built without it
+    varlen_attn = None  # type: ignore[assignment]
+
+
+def _varlen_arguments() -> dict[str, Any]:
+    """How this PyTorch spells causal attention with grouped queries (the signature grew from 2.10 to 2.13)."""
+    known = inspect.signature(varlen_attn).parameters if varlen_attn is not None else {}
+    arguments: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return {**arguments, "enable_gqa": True} if "enable_gqa" in known else arguments
+
+
+VARLEN_ARGUMENTS = _varlen_arguments()
+
+UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux")
+
+
+def attention_arguments(cu_seq_lens: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """What the model's forward passes through to each attention layer. cu_seq_lens: int32 [sequences + 1]."""
+    if cu_seq_lens.device.type == "cuda":
+        longest = max(lengths)
+        return {
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    return {"sequence_lengths": lengths}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sequence_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, tokens, head width], key and value [1, key-value heads, ...] -> [1, tokens, heads, head width]."""
+    for name in UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"model.useRemovePadding: this model's attention uses {name}. Set useRemovePadding: false."
+            )
+    if cu_seq_lens_q is not None and query.dtype in HALF_DTYPES and varlen_attn is not None:
+        assert max_length_q is not None
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        if "enable_gqa" not in VARLEN_ARGUMENTS and k.shape[1] != q.shape[1]:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        output = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **VARLEN_ARGUMENTS
+        )
+        return output.unsqueeze(0), None
+    if sequence_lengths is None:
+        assert cu_seq_lens_q is not None
+        sequence_lengths = tuple(cu_seq_lens_q.diff().tolist())
+    padded = max(sequence_lengths) * len(sequence_lengths)
+    if padded <= MAX_PADDING_RATIO * sum(sequence_lengths):
+        return _padded(query, key, value, sequence_lengths, scaling), None
+    return _one_by_one(query, key, value, sequence_lengths, scaling), None
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None) -> Tensor:
+    pieces = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in zip(*pieces, strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None) -> Tensor:
+    def spread(tensor: Tensor) -> Tensor:
+        rows = tensor[0].transpose(0, 1).split(lengths)
+        return pad_sequence(rows, batch_first=True).transpose(1, 2)
+
+    output = scaled_dot_product_attention(
+        spread(query), spread(key), spread(value), is_causal=True, scale=scaling, enable_gqa=True
+    )
+    rows = output.transpose(1, 2)
+    return torch.cat([rows[i, :length] for i, length in enumerate(lengths)]).unsqueeze(0)
+
+
+def check_packable(config: PreTrainedConfig, max_sequence_tokens: int) -> None:
+    """Raises ConfigError for a sliding window shorter than the longest sequence: packing has no such mask."""
+    layer_types = getattr(config, "layer_types", None) or []
+    windowed = "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None))
+    window = getattr(config, "sliding_window", None)
+    if windowed and window and window < max_sequence_tokens and getattr(config, "use_sliding_window", True):
+        raise ConfigError(
+            f"model.useRemovePadding: the model's attention window of {window} tokens is shorter than "
+            f"data.maxPromptLength + data.maxResponseLength = {max_sequence_tokens}. Shorten them, or set useRemovePadding: false."
+        )
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

@@ -1,0 +1,149 @@
+"""From the ragged arrays of a `TrainBatch` to the tensors of one micro-batch.
+
+Invariant: a response token's log-prob is read at the position before it; every per-token value travels with its index into
+the message's flat response arrays, so results return to their places whatever the packing was.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from grpo_worker.errors import DataError
+from grpo_worker.protocol.messages import Array, TrainBatch
+
+RESPONSE_FIELDS = ("response_mask", "old_log_probs", "ref_log_probs", "advantages", "is_weights")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A decoded `TrainBatch`. Offsets are the exclusive prefix sums of the lengths, `[sequences + 1]`."""
+
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+    token_ids: np.ndarray
+    token_offsets: np.ndarray
+    response_offsets: np.ndarray
+    response_mask: np.ndarray  # float32 [response tokens]
+    values: dict[str, np.ndarray]  # the other response_* arrays that were given, float32 [response tokens]
+    mini_batch_sequences: list[int]
+
+    @property
+    def count(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def response_tokens(self) -> int:
+        return int(self.response_offsets[-1])
+
+    @property
+    def lengths(self) -> list[int]:
+        return (self.prompt_lengths + self.response_lengths).tolist()
+
+    @classmethod
+    def of(cls, batch: TrainBatch) -> "Sequences":
+        """Raises DataError when the arrays do not fit together."""
+        prompts = batch.prompt_lengths.numpy().astype(np.int64)
+        responses = batch.response_lengths.numpy().astype(np.int64)
+        token_ids = batch.token_ids.numpy()
+        if len(prompts) != len(responses) or len(prompts) == 0:
+            raise DataError(f"batch: {len(prompts)} prompt_lengths and {len(responses)} response_lengths")
+        if prompts.min() < 1 or responses.min() < 1:
+            raise DataError("batch: each sequence needs at least one prompt token and one response token")
+        if int((prompts + responses).sum()) != len(token_ids):
+            raise DataError(f"batch: {len(token_ids)} token_ids, the lengths sum to {int((prompts + responses).sum())}")
+        total = int(responses.sum())
+        arrays: dict[str, np.ndarray] = {}
+        for name in RESPONSE_FIELDS:
+            array: Array | None = getattr(batch, name)
+            if array is None:
+                continue
+            values = array.numpy()
+            if len(values) != total:
+                raise DataError(f"batch.{name}: {len(values)} values for {total} response tokens")
+            arrays[name] = values.astype(np.float32)
+        if batch.mini_batch_sequences and sum(batch.mini_batch_sequences) != len(prompts):
+            raise DataError(f"batch.mini_batch_sequences: {batch.mini_batch_sequences} for {len(prompts)} sequences")
+        return cls(
+            prompt_lengths=prompts,
+            response_lengths=responses,
+            token_ids=token_ids,
+            token_offsets=_offsets(prompts + responses),
+            response_offsets=_offsets(responses),
+            response_mask=arrays.pop("response_mask", np.ones(total, dtype=np.float32)),
+            values=arrays,
+            mini_batch_sequences=list(batch.mini_batch_sequences) or [len(prompts)],
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Inputs of one forward pass. Packed: one row of all tokens, `[1, tokens]`; padded: `[sequences, longest]`."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None  # padded only, 1 at real tokens
+    cu_seq_lens: torch.Tensor | None  # packed only, int32 [sequences + 1]
+    lengths: tuple[int, ...]  # tokens of each sequence
+    predict_index: torch.Tensor  # int64 [response tokens]: flat position whose hidden state predicts the token
+    targets: torch.Tensor  # int64 [response tokens]
+    seq_ids: torch.Tensor  # int64 [response tokens]: 0-based within the micro-batch
+    response_index: np.ndarray  # int64 [response tokens]: place in the message's flat response arrays
+    empty: bool = False  # padding: its loss is zero
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.empty else sum(self.lengths)
+
+
+def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: torch.device) -> MicroBatch:
+    """The micro-batch of `members`. An empty list makes a two-token stand-in, so that this rank joins the collectives."""
+    if not len(members):
+        ids = [np.array([0, 0], dtype=np.int32)]
+        prompt_lengths, response_index = [1], np.zeros(0, dtype=np.int64)
+    else:
+        ids = [sequences.token_ids[sequences.token_offsets[i] : sequences.token_offsets[i + 1]] for i in members]
+        prompt_lengths = [int(sequences.prompt_lengths[i]) for i in members]
+        spans = [np.arange(sequences.response_offsets[i], sequences.response_offsets[i + 1]) for i in members]
+        response_index = np.concatenate(spans)
+    lengths = [len(row) for row in ids]
+    width = max(lengths)
+    starts = _offsets(np.array(lengths)) if packed else np.arange(len(lengths) + 1) * width
+    predict = np.concatenate(
+        [starts[s] + np.arange(p - 1, n - 1) for s, (p, n) in enumerate(zip(prompt_lengths, lengths))]
+    )
+    targets = np.concatenate([row[p:] for row, p in zip(ids, prompt_lengths)])
+    seq_ids = np.repeat(np.arange(len(lengths)), [n - p for p, n in zip(prompt_lengths, lengths)])
+
+    if packed:
+        input_ids = np.concatenate(ids)[None]
+        position_ids = np.concatenate([np.arange(n) for n in lengths])[None]
+        attention_mask = None
+    else:
+        input_ids = np.zeros((len(ids), width), dtype=np.int64)
+        attention_mask = np.zeros((len(ids), width), dtype=np.int64)
+        for row, values in enumerate(ids):
+            input_ids[row, : len(values)] = values
+            attention_mask[row, : len(values)] = 1
+        position_ids = np.broadcast_to(np.arange(width), input_ids.shape)
+
+    def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
+
+    return MicroBatch(
+        input_ids=put(input_ids),
+        position_ids=put(position_ids),
+        attention_mask=None if attention_mask is None else put(attention_mask),
+        cu_seq_lens=put(starts, torch.int32) if packed else None,
+        lengths=tuple(lengths),
+        predict_index=put(predict),
+        targets=put(targets),
+        seq_ids=put(seq_ids),
+        response_index=response_index,
+        empty=not len(members),
+    )
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

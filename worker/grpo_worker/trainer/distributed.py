@@ -1,0 +1,157 @@
+"""The ranks of one trainer: rendezvous, device, seeds and the channel that commands travel on.
+
+Invariant: gradients and weights move on the device's backend (NCCL on CUDA), commands and results on a Gloo group of their
+own, checkpoint traffic on a third; so none ever waits behind, or is mistaken for, another.
+"""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from grpo_worker.errors import ConfigError, RetryableError
+
+ERROR_KEY = "trainer/error"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place. `store` is shared by all ranks; `control` and `saving` are Gloo groups of all ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    control: dist.ProcessGroup
+    saving: dist.ProcessGroup
+    store: dist.Store
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def join(device: str, timeout_seconds: float, seed: int) -> Ranks:
+    """Meet the other ranks as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say (alone without them).
+
+    Raises ConfigError when the port is taken or there is no such GPU, RetryableError when the others do not come.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = _device(device, local_rank)
+    timeout = timedelta(seconds=timeout_seconds)
+    store = _rendezvous(rank, world_size, timeout)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=place if place.type == "cuda" else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    saving = dist.new_group(backend="gloo", timeout=timeout)
+    mesh = init_device_mesh(place.type, (world_size,))
+    seed_everything(seed + rank)
+    if place.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return Ranks(rank, world_size, place, mesh, control, saving, store)
+
+
+def open_store(ranks: Ranks) -> dist.Store:
+    """A connection of its own to the shared store, for another thread (one connection serves one thread)."""
+    if ranks.world_size == 1:
+        return ranks.store
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def broadcast_bytes(payload: bytes | None, ranks: Ranks) -> bytes:
+    """Rank 0's `payload` on every rank."""
+    if ranks.world_size == 1:
+        assert payload is not None
+        return payload
+    length = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64)
+    dist.broadcast(length, src=0, group=ranks.control)
+    body = torch.empty(int(length), dtype=torch.uint8)
+    if payload:
+        body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    if len(body):
+        dist.broadcast(body, src=0, group=ranks.control)
+    return body.numpy().tobytes()
+
+
+def sum_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """In place, on the CPU."""
+    if ranks.world_size > 1:
+        dist.all_reduce(values, group=ranks.control)
+    return values
+
+
+def sum_dicts_over_ranks(values: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """A name that some ranks do not have counts as zero there."""
+    if ranks.world_size == 1:
+        return values
+    everyone: list[dict[str, float] | None] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, values, group=ranks.control)
+    present = [part for part in everyone if part is not None]
+    names = sorted({name for part in present for name in part})
+    return {name: sum(part.get(name, 0.0) for part in present) for name in names}
+
+
+def max_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """In place, on the CPU."""
+    if ranks.world_size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=ranks.control)
+    return values
+
+
+def _device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.gpusPerNode: local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible. "
+            "Lower gpusPerNode, or look at CUDA_VISIBLE_DEVICES."
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place
+
+
+def _rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    if world_size == 1:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if rank == 0:
+            raise ConfigError(
+                f"network.rendezvousPort: {address}:{port} cannot be used: {_first_line(error)}"
+            ) from error
+        raise RetryableError(f"rank {rank} did not reach rank 0 at {address}:{port}: {_first_line(error)}") from error
+    except dist.DistError as error:
+        raise RetryableError(f"the ranks did not meet at {address}:{port}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

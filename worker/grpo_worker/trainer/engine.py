@@ -1,0 +1,176 @@
+"""The trainer's operations, as every rank runs them.
+
+Invariant: each operation is collective and leaves the same state on all ranks; a request that is wrong in itself is refused
+on all of them before anything has changed.
+"""
+
+import time
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from grpo_worker.errors import DataError
+from grpo_worker.protocol.messages import (
+    Array,
+    Done,
+    LoadReply,
+    LoadRequest,
+    LogProbsReply,
+    LogProbsRequest,
+    PublishReply,
+    PublishRequest,
+    SaveReply,
+    SaveRequest,
+    SaveStatusReply,
+    SaveStatusRequest,
+    StopRequest,
+    StoreSource,
+    TrainBatch,
+    TrainerReply,
+    TrainerRequest,
+    UpdateReply,
+    UpdateRequest,
+)
+from grpo_worker.trainer.batch import Sequences
+from grpo_worker.trainer.distributed import Ranks
+from grpo_worker.trainer.failures import OperationRefused
+from grpo_worker.trainer.model import PolicyModel, build_policy, checkpoint_directory, load_language_model
+from grpo_worker.trainer.optimizer import PolicyOptimizer
+from grpo_worker.trainer.options import TrainerOptions
+from grpo_worker.trainer.publish import Publisher
+from grpo_worker.trainer.shards import ShardStore
+from grpo_worker.trainer.update import TrainerState, Updater, compute_log_probs, memory_metrics
+from grpo_worker.trainer.user_loss import policy_loss
+from grpo_worker.weightsync.server import WeightServer
+from grpo_worker.weightsync.snapshot import SnapshotStore
+
+UNUSED_SOURCE = StoreSource(host="", port=0, version=-1, digest="", total_bytes=0)
+
+
+class TrainerEngine:
+    """Policy, optimizer, reference, and what is done with them."""
+
+    def __init__(self, options: TrainerOptions, ranks: Ranks, token: str = "") -> None:
+        self.options = options
+        self.ranks = ranks
+        self.state = TrainerState()
+        loss = policy_loss(options.loss.loss_mode)
+        self.model = build_policy(
+            load_language_model(options), options, ranks.mesh, param_offload=options.param_offload
+        )
+        # The reference is the model that training began with, never a checkpoint's.
+        self.reference: PolicyModel | None = None
+        if options.reference:
+            self.reference = build_policy(
+                load_language_model(options),
+                options,
+                ranks.mesh,
+                trainable=False,
+                param_offload=options.ref_param_offload,
+            )
+        self.optimizer = PolicyOptimizer(self.model, options.optimizer, ranks, options.optimizer_offload)
+        self.updater = Updater(self.model, self.optimizer, options, ranks, loss, self.state)
+        self.store = SnapshotStore() if ranks.is_first else None
+        self.weights = None
+        if self.store is not None:
+            self.weights = WeightServer(self.store, options.host, options.weight_port, token)
+        self.publisher = Publisher(
+            ranks,
+            getattr(torch, options.rollout_dtype or options.compute_dtype),
+            self.store,
+            self.weights,
+            options.advertised_host,
+        )
+        self.shards = ShardStore(
+            self.model,
+            self.optimizer,
+            ranks,
+            getattr(torch, options.save_dtype or options.compute_dtype),
+            checkpoint_directory(options.model_path),
+            options.seed,
+            options.collective_timeout_seconds,
+        )
+
+    def run(self, request: TrainerRequest) -> TrainerReply:
+        """Run one operation. Raises OperationRefused when the request is at fault."""
+        match request:
+            case LogProbsRequest():
+                return self.log_probs(request)
+            case UpdateRequest():
+                return self.update(request)
+            case PublishRequest():
+                return self.publish(request)
+            case SaveRequest():
+                return SaveReply(stall_seconds=self.shards.save(Path(request.directory), self.state))
+            case SaveStatusRequest():
+                return self.save_status(request.wait_seconds)
+            case LoadRequest():
+                return self.load(request)
+            case StopRequest():
+                return Done()
+        assert_never(request)
+
+    def log_probs(self, request: LogProbsRequest) -> LogProbsReply:
+        sequences = _sequences(request.batch)
+        metrics: dict[str, float] = {}
+        log_probs = entropy = ref_log_probs = None
+        if request.reference and self.reference is None:
+            raise OperationRefused(
+                DataError(
+                    "compute_log_probs: no reference model was built. Set actor.useKLLoss or algorithm.useKLInReward."
+                )
+            )
+        if request.actor:
+            started = time.perf_counter()
+            log_probs, entropy = compute_log_probs(self.model, sequences, self.options, self.ranks)
+            metrics["timing_s/trainer_log_probs"] = time.perf_counter() - started
+        if request.reference:
+            assert self.reference is not None
+            started = time.perf_counter()
+            ref_log_probs, _ = compute_log_probs(self.reference, sequences, self.options, self.ranks)
+            metrics["timing_s/trainer_ref_log_probs"] = time.perf_counter() - started
+        return LogProbsReply(
+            log_probs=None if log_probs is None else Array.of(log_probs, "float32"),
+            entropy=None if entropy is None else Array.of(entropy, "float32"),
+            ref_log_probs=None if ref_log_probs is None else Array.of(ref_log_probs, "float32"),
+            metrics=metrics | memory_metrics(self.ranks),
+        )
+
+    def update(self, request: UpdateRequest) -> UpdateReply:
+        sequences = _sequences(request.batch)
+        try:
+            self.updater.check(sequences)
+        except DataError as error:
+            raise OperationRefused(error) from error
+        return UpdateReply(metrics=self.updater.update(sequences, request.step))
+
+    def publish(self, request: PublishRequest) -> PublishReply:
+        started = time.perf_counter()
+        source = self.publisher.publish(self.model, request.version)
+        return PublishReply(store=source or UNUSED_SOURCE, seconds=time.perf_counter() - started)
+
+    def save_status(self, wait_seconds: float) -> SaveStatusReply:
+        """Not collective: any thread may ask at any time."""
+        return self.shards.status(wait_seconds)
+
+    def load(self, request: LoadRequest) -> LoadReply:
+        restored = self.shards.load(Path(request.directory))
+        self.state.step, self.state.updates = restored.step, restored.updates
+        self.state.skipped_updates = restored.skipped_updates
+        return LoadReply(step=self.state.step)
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written finish, then free ports and threads."""
+        self.shards.status(self.options.collective_timeout_seconds)
+        if self.weights is not None:
+            self.weights.close()
+        if self.store is not None:
+            self.store.close()
+
+
+def _sequences(batch: TrainBatch) -> Sequences:
+    try:
+        return Sequences.of(batch)
+    except DataError as error:
+        raise OperationRefused(error) from error

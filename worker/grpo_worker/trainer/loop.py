@@ -1,0 +1,149 @@
+"""The life of a rank: rank 0 takes operations from the door, all ranks run them, in step.
+
+Invariant: rank 0 tells the others what it will do before it does it, with a tick each second when there is nothing, so no
+rank waits for another without knowing that it lives. The first failure on any rank is the answer to the operation and the
+exit code of the process.
+"""
+
+import logging
+import os
+import threading
+import time
+
+import torch.distributed as dist
+
+from grpo_worker.errors import ExitCode, YieldedError
+from grpo_worker.protocol import codec
+from grpo_worker.protocol.messages import RemoteError, StopRequest, TrainerReply, TrainerRequest
+from grpo_worker.trainer.distributed import ERROR_KEY, Ranks, broadcast_bytes, open_store
+from grpo_worker.trainer.engine import TrainerEngine
+from grpo_worker.trainer.failures import OperationRefused, as_error, remote_error
+from grpo_worker.trainer.options import TrainerOptions
+from grpo_worker.trainer.server import Operation, TrainerServer
+
+TICK_SECONDS = 1.0
+TICK, OPERATION, EXIT = b"t", b"o", b"x"
+REPLY_GRACE_SECONDS = 3.0
+TERMINATED_SILENCE_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+def lead(engine: TrainerEngine, server: TrainerServer, options: TrainerOptions, terminated: threading.Event) -> None:
+    """Rank 0, until the coordinator says stop. Raises the GRPOError that ended an operation on any rank, RetryableError
+    when the coordinator is gone, YieldedError when it is gone after SIGTERM (`terminated`)."""
+    ranks = engine.ranks
+    while True:
+        operation = server.next(TICK_SECONDS)
+        if operation is None:
+            end = _reason_to_end(server, options, terminated)
+            if end is None:
+                broadcast_bytes(TICK, ranks)
+                continue
+            broadcast_bytes(EXIT + codec.encode(end), ranks)
+            return _end(end)
+        broadcast_bytes(OPERATION + operation.body, ranks)
+        failure = _lead_one(engine, server, operation)
+        if failure is not None:
+            raise as_error(failure)
+        if isinstance(operation.request, StopRequest):
+            return None
+
+
+def follow(engine: TrainerEngine) -> None:
+    """The other ranks: run what rank 0 says, until it says stop. Raises GRPOError when an operation fails here."""
+    while True:
+        message = broadcast_bytes(None, engine.ranks)
+        kind, body = message[:1], message[1:]
+        if kind == EXIT:
+            return _end(codec.decode(body, RemoteError))
+        if kind == OPERATION:
+            request: TrainerRequest = codec.decode(body, TrainerRequest)
+            try:
+                engine.run(request)
+            except OperationRefused as refusal:
+                log.warning("%s refused: %s", _name(request), refusal)
+            except Exception as exception:
+                error = remote_error(exception, _name(request), engine.ranks.rank)
+                log.exception("%s failed", _name(request))
+                engine.ranks.store.set(ERROR_KEY, codec.encode(error))
+                raise as_error(error) from exception
+            if isinstance(request, StopRequest):
+                return None
+
+
+def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:
+    """On rank 0: a rank that failed has said so in the store. Answer with its error, and end: rank 0 may be deep inside a
+    collective that will never finish, so only a thread beside it can."""
+    if ranks.world_size == 1:
+        return
+
+    def watch() -> None:
+        store = open_store(ranks)
+        while True:
+            try:
+                failed = store.check([ERROR_KEY])
+            except (RuntimeError, dist.DistError):
+                return  # the store ends with the process
+            if failed:
+                error = codec.decode(store.get(ERROR_KEY), RemoteError)
+                log.error("%s", error.message)
+                server.fail_current(error)
+                server.close(REPLY_GRACE_SECONDS)
+                os._exit(error.exit_code)
+            time.sleep(TICK_SECONDS / 2)
+
+    threading.Thread(target=watch, name="rank-watch", daemon=True).start()
+
+
+def _lead_one(engine: TrainerEngine, server: TrainerServer, operation: Operation) -> RemoteError | None:
+    """Run and answer one operation; the error when the process has to end."""
+    request, started = operation.request, time.perf_counter()
+    try:
+        reply: TrainerReply = engine.run(request)
+    except OperationRefused as refusal:
+        log.warning("%s refused: %s", _name(request), refusal)
+        operation.answer(remote_error(refusal, _name(request), 0))
+        return None
+    except Exception as exception:
+        log.exception("%s failed", _name(request))
+        error = _other_ranks_error(engine.ranks) or remote_error(exception, _name(request), 0)
+        operation.answer(error)
+        return error
+    server.metrics.record(request, reply, time.perf_counter() - started)
+    operation.answer(reply)
+    return None
+
+
+def _other_ranks_error(ranks: Ranks) -> RemoteError | None:
+    """When rank 0 fails because another rank did, that rank's error is the one to tell."""
+    if ranks.world_size == 1:
+        return None
+    time.sleep(TICK_SECONDS)
+    try:
+        return codec.decode(ranks.store.get(ERROR_KEY), RemoteError) if ranks.store.check([ERROR_KEY]) else None
+    except (RuntimeError, dist.DistError):
+        return None
+
+
+def _reason_to_end(server: TrainerServer, options: TrainerOptions, terminated: threading.Event) -> RemoteError | None:
+    """SIGTERM alone is no reason: the coordinator has it too, and may still want a checkpoint from us."""
+    if server.told_to_stop:
+        return RemoteError(reason="Done", message="the job is over", exit_code=int(ExitCode.DONE))
+    silent = server.silent_seconds
+    if terminated.is_set() and (not options.coordinator_url or silent > TERMINATED_SILENCE_SECONDS):
+        message = "stopped by SIGTERM; there is no coordinator that could still want a checkpoint"
+        return RemoteError(reason=YieldedError.reason, message=message, exit_code=int(ExitCode.YIELDED))
+    if silent > options.coordinator_timeout_seconds:
+        message = f"the coordinator at {options.coordinator_url} has not answered for {silent:.0f} s"
+        return RemoteError(reason="CoordinatorLost", message=message, exit_code=int(ExitCode.RETRY))
+    return None
+
+
+def _end(reason: RemoteError) -> None:
+    if reason.exit_code != ExitCode.DONE:
+        raise as_error(reason)
+
+
+def _name(request: TrainerRequest) -> str:
+    return str(request.__struct_config__.tag)

@@ -1,0 +1,146 @@
+"""Which rank computes which sequences, in which micro-batches.
+
+Invariant: every sequence is in exactly one micro-batch, whole; no micro-batch of two or more sequences is over the token
+budget; all ranks have the same number of micro-batches (FSDP's collectives need it); the plan is a pure function of the
+lengths, so each rank derives the same one from the same message.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Attention costs about as much as the matrix products of a layer at this length (6 x hidden size, hidden size 1024 and up).
+ATTENTION_PARITY_TOKENS = 6144
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """`ranks[r][m]` are the indices of the sequences of micro-batch `m` on rank `r`; an empty list is padding."""
+
+    ranks: list[list[list[int]]]
+
+    @property
+    def micro_batches(self) -> int:
+        return len(self.ranks[0])
+
+
+def cost(tokens: int) -> float:
+    """Work of one sequence: linear in its tokens, plus causal attention's quadratic part."""
+    return tokens * (1.0 + tokens / ATTENTION_PARITY_TOKENS)
+
+
+def plan_micro_batches(
+    lengths: Sequence[int],
+    ranks: int,
+    max_tokens: int | None = None,
+    sequences_per_micro_batch: int | None = None,
+) -> PackingPlan:
+    """Pack `lengths` [sequences] either under a token budget or `sequences_per_micro_batch` at a time.
+
+    A sequence that is longer than the budget by itself gets a micro-batch of its own.
+    """
+    if (max_tokens is None) == (sequences_per_micro_batch is None):
+        raise ValueError("give max_tokens or sequences_per_micro_batch, not both")
+    if sequences_per_micro_batch is not None:
+        shares = _balance(lengths, ranks)
+        plans = [_fixed_size(share, sequences_per_micro_batch) for share in shares]
+    else:
+        assert max_tokens is not None
+        bins = _best_fit_decreasing(lengths, max_tokens)
+        bins = _grow(bins, lengths, ranks)
+        weights = [sum(cost(lengths[i]) for i in members) for members in bins]
+        plans = [[bins[b] for b in share] for share in _balance_costs(weights, ranks)]
+    width = max(len(plan) for plan in plans)
+    for plan in plans:
+        # Longest first: the step's peak of memory comes at once, not after minutes.
+        plan.sort(key=lambda members: (-sum(lengths[i] for i in members), members))
+        plan.extend([] for _ in range(width - len(plan)))
+    return PackingPlan(plans)
+
+
+def packing_efficiency(plan: PackingPlan, lengths: Sequence[int], max_tokens: int) -> float:
+    """Real tokens over the token slots of all micro-batches, (0, 1]; an oversized micro-batch counts its own length."""
+    slots = tokens = 0
+    for micro_batches in plan.ranks:
+        for members in micro_batches:
+            size = sum(lengths[i] for i in members)
+            tokens += size
+            slots += max(size, max_tokens)
+    return tokens / slots if slots else 1.0
+
+
+def rank_imbalance(plan: PackingPlan, lengths: Sequence[int]) -> float:
+    """Cost of the busiest rank over the mean, 1.0 is perfect."""
+    loads = [sum(cost(lengths[i]) for members in rank for i in members) for rank in plan.ranks]
+    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
+
+
+def _best_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Longest first, each into the fullest bin that still holds it (at most 11/9 of the optimum's bins, plus one)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        fitting = [b for b in range(len(bins)) if room[b] >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda b: (room[b], b))
+            bins[best].append(index)
+            room[best] -= lengths[index]
+        else:
+            bins.append([index])
+            room.append(max_tokens - lengths[index])
+    return bins
+
+
+def _grow(bins: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Split the costliest bins until there are as many as a multiple of `ranks` wants, so that no rank computes padding.
+
+    The number of rounds stays the same, so splitting is free; a bin of one sequence cannot be split.
+    """
+    wanted = -(-len(bins) // ranks) * ranks
+    bins = [list(members) for members in bins]
+    while len(bins) < wanted:
+        splittable = [b for b in range(len(bins)) if len(bins[b]) > 1]
+        if not splittable:
+            break
+        source = max(splittable, key=lambda b: (sum(cost(lengths[i]) for i in bins[b]), -b))
+        halves = _balance_costs([cost(lengths[i]) for i in bins[source]], 2)
+        members = bins[source]
+        bins[source] = [members[i] for i in halves[0]]
+        bins.append([members[i] for i in halves[1]])
+    return bins
+
+
+def _balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    return _balance_costs([cost(length) for length in lengths], ranks, equal_counts=True)
+
+
+def _balance_costs(costs: Sequence[float], parts: int, equal_counts: bool = False) -> list[list[int]]:
+    """Longest-processing-time-first: each item to the least loaded part, at most 4/3 of the best makespan (Graham, 1969).
+
+    Parts differ by at most one in their number of items when `equal_counts`, and also never take a micro-batch more than
+    ceil(items / parts): the number of rounds is what all ranks wait for.
+    """
+    limit = -(-len(costs) // parts) if costs else 0
+    fewest = len(costs) // parts if equal_counts else 0
+    heap = [(0.0, part) for part in range(parts)]
+    result: list[list[int]] = [[] for _ in range(parts)]
+    extra = len(costs) - fewest * parts  # parts that may hold `limit` items when counts must be equal
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        while True:
+            load, part = heapq.heappop(heap)
+            full = len(result[part]) >= limit
+            if equal_counts and not full and len(result[part]) == fewest and limit > fewest:
+                full = extra <= 0
+                extra -= 0 if full else 1
+            if not full:
+                break
+        result[part].append(index)
+        heapq.heappush(heap, (load + costs[index], part))
+    for members in result:
+        members.sort()
+    return result
+
+
+def _fixed_size(members: list[int], size: int) -> list[list[int]]:
+    return [members[start : start + size] for start in range(0, len(members), size)]

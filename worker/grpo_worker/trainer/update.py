@@ -1,0 +1,257 @@
+"""One training step: mini-batches, each a pass of packed micro-batches and one optimizer update; and log-probs without it.
+
+Invariant: the gradient of a mini-batch does not depend on how it was cut into micro-batches or spread over ranks: losses
+are divided by counts over the whole mini-batch, known to each rank from the message, and gradients are summed.
+"""
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from grpo_worker.algorithms.aggregation import LossNormalizer, total_loss
+from grpo_worker.algorithms.kl import kl_penalty
+from grpo_worker.algorithms.losses import PolicyLoss, PolicyLossInputs, aggregation_of
+from grpo_worker.errors import DataError
+from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
+from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
+from grpo_worker.trainer.model import PolicyModel
+from grpo_worker.trainer.optimizer import PolicyOptimizer
+from grpo_worker.trainer.options import TrainerOptions
+from grpo_worker.trainer.packing import PackingPlan, packing_efficiency, plan_micro_batches, rank_imbalance
+from grpo_worker.trainer.schedule import learning_rate
+
+GIB = 1024**3
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint holds beside tensors."""
+
+    step: int = 0
+    updates: int = 0  # optimizer updates, skipped ones included: the schedule goes on
+    skipped_updates: int = 0
+
+
+def compute_log_probs(
+    model: PolicyModel, sequences: Sequences, options: TrainerOptions, ranks: Ranks
+) -> tuple[np.ndarray, np.ndarray]:
+    """(log-probs, entropy), float32 [response tokens], the same on all ranks. Collective."""
+    result = torch.zeros(2, sequences.response_tokens)
+    plan = plan_micro_batches(
+        sequences.lengths,
+        ranks.world_size,
+        **_limits(
+            options.log_prob_max_token_len_per_gpu or options.max_token_len_per_gpu,
+            options.log_prob_micro_batch_size_per_gpu,
+        ),
+    )
+    with torch.no_grad():
+        for batch in _micro_batches(sequences, plan, range(sequences.count), options, ranks):
+            log_probs, entropy = model(batch, options.temperature)
+            if not batch.empty:
+                result[:, torch.from_numpy(batch.response_index)] = torch.stack([log_probs, entropy]).cpu()
+    # FSDP frees gathered parameters in the backward pass; there was none, and an update would leave them stale.
+    release_gathered(model)
+    sum_over_ranks(result, ranks)
+    return result[0].numpy(), result[1].numpy()
+
+
+def release_gathered(model: PolicyModel) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class Updater:
+    """Runs updates on one model and its optimizer, and counts them in `state`."""
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        optimizer: PolicyOptimizer,
+        options: TrainerOptions,
+        ranks: Ranks,
+        loss: PolicyLoss,
+        state: TrainerState,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.options = options
+        self.ranks = ranks
+        self.loss = loss
+        self.state = state
+
+    def update(self, sequences: Sequences, step: int) -> dict[str, float]:
+        """All mini-batches of training step `step`, `ppo_epochs` times. Collective. Raises DataError for missing values."""
+        self.check(sequences)
+        started = time.perf_counter()
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
+        facts: dict[str, list[float]] = defaultdict(list)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(self.options.ppo_epochs):
+            first = 0
+            for count in sequences.mini_batch_sequences:
+                self._mini_batch(sequences, range(first, first + count), sums, facts)
+                first += count
+        self.state.step = step
+        updates = self.options.ppo_epochs * len(sequences.mini_batch_sequences)
+        metrics = sum_dicts_over_ranks({name: float(value) / updates for name, value in sums.items()}, self.ranks)
+        metrics |= {name: float(np.mean(values)) for name, values in facts.items() if not name.startswith("timing_s/")}
+        metrics |= {name: float(np.sum(values)) for name, values in facts.items() if name.startswith("timing_s/")}
+        seconds = time.perf_counter() - started
+        metrics["actor/skipped_updates"] = float(self.state.skipped_updates)
+        metrics["timing_s/trainer_update"] = seconds
+        metrics["perf/update_tokens_per_second_per_gpu"] = (
+            self.options.ppo_epochs * sum(sequences.lengths) / seconds / self.ranks.world_size
+        )
+        return metrics | memory_metrics(self.ranks)
+
+    def _mini_batch(
+        self, sequences: Sequences, members: range, sums: dict[str, Tensor], facts: dict[str, list[float]]
+    ) -> None:
+        started = time.perf_counter()
+        lengths = [sequences.lengths[i] for i in members]
+        budget = self.options.max_token_len_per_gpu
+        plan = plan_micro_batches(
+            lengths, self.ranks.world_size, **_limits(budget, self.options.micro_batch_size_per_gpu)
+        )
+        tokens, counted = _valid_counts(sequences, members)
+        normalizer = LossNormalizer(
+            mode=self.options.loss.loss_agg_mode,  # type: ignore[arg-type]
+            global_tokens=tokens,
+            global_seqs=counted,
+            max_response_tokens=self.options.max_response_tokens,
+        )
+        for batch in _micro_batches(sequences, plan, members, self.options, self.ranks):
+            self._forward_backward(batch, sequences, normalizer, sums)
+        self.state.updates += 1
+        lr = learning_rate(self.options.optimizer, self.state.updates)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        computed = time.perf_counter()
+        if tokens:
+            result = self.optimizer.step(lr)
+            facts["actor/grad_norm"].append(result.grad_norm)
+            self.state.skipped_updates += result.skipped
+        else:  # nothing to learn from: momentum alone must not move the weights
+            self.optimizer.discard_gradients()
+            self.state.skipped_updates += 1
+        facts["actor/lr"].append(lr)
+        facts["timing_s/trainer_forward_backward"].append(computed - started)
+        facts["timing_s/trainer_optimizer"].append(time.perf_counter() - computed)
+        facts["perf/micro_batches"].append(plan.micro_batches)
+        facts["perf/packing_efficiency"].append(packing_efficiency(plan, lengths, budget))
+        facts["perf/rank_imbalance"].append(rank_imbalance(plan, lengths))
+
+    def _forward_backward(
+        self, batch: MicroBatch, sequences: Sequences, normalizer: LossNormalizer, sums: dict[str, Tensor]
+    ) -> None:
+        log_probs, entropy = self.model(batch, self.options.temperature)
+        if batch.empty:
+            (log_probs.sum() * 0.0).backward()
+            return
+        options = self.options.loss
+        value = self._values(sequences, batch)
+        mask = value("response_mask")
+        assert mask is not None
+        num_seqs = len(batch.lengths)
+        outcome = self.loss(
+            PolicyLossInputs(
+                log_probs=log_probs,
+                old_log_probs=value("old_log_probs"),
+                advantages=value("advantages"),
+                mask=mask,
+                seq_ids=batch.seq_ids,
+                num_seqs=num_seqs,
+                clip_ratio_low=options.clip_ratio_low,
+                clip_ratio_high=options.clip_ratio_high,
+                clip_ratio_c=options.clip_ratio_c,
+            )
+        )
+        kl = None
+        if options.use_kl_loss:
+            kl = kl_penalty(log_probs, value("ref_log_probs"), options.kl_loss_type)  # type: ignore[arg-type]
+        total = total_loss(
+            outcome.loss,
+            mask,
+            batch.seq_ids,
+            num_seqs,
+            normalizer,
+            policy_mode=aggregation_of(options.loss_mode, normalizer.mode),
+            is_weights=value("is_weights"),
+            kl=kl,
+            kl_coef=options.kl_loss_coef,
+            entropy=entropy,
+            entropy_coef=options.entropy_coeff,
+        )
+        total.total.backward()
+        parts = {"actor/pg_loss": total.policy, "actor/entropy": total.entropy}
+        if options.use_kl_loss:
+            parts["actor/kl_loss"] = total.kl
+        tokens = max(normalizer.global_tokens, 1)
+        shares = {_metric_name(name): value / tokens for name, value in outcome.metrics.items()}
+        for name, part in (parts | shares).items():
+            sums[name] += part.detach()
+
+    def _values(self, sequences: Sequences, batch: MicroBatch) -> Any:
+        index, device = batch.response_index, self.ranks.device
+
+        def value(name: str) -> Tensor | None:
+            array = sequences.response_mask if name == "response_mask" else sequences.values.get(name)
+            return None if array is None else torch.from_numpy(array[index]).to(device, non_blocking=True)
+
+        return value
+
+    def check(self, sequences: Sequences) -> None:
+        """Raises DataError when the batch lacks what the loss needs."""
+        needed = ["old_log_probs", "advantages"] + (["ref_log_probs"] if self.options.loss.use_kl_loss else [])
+        missing = [name for name in needed if name not in sequences.values]
+        if missing:
+            raise DataError(f"update: the batch has no {', '.join(missing)}")
+
+
+def memory_metrics(ranks: Ranks) -> dict[str, float]:
+    """Peaks since the last reset, of the worst rank. Collective."""
+    peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB]
+    if ranks.device.type == "cuda":
+        peaks += [torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB]
+    worst = max_over_ranks(torch.tensor(peaks, dtype=torch.float64), ranks).tolist()
+    names = ["perf/cpu_memory_used_gb", "perf/max_memory_allocated_gb", "perf/max_memory_reserved_gb"]
+    return dict(zip(names, worst, strict=False))
+
+
+def _micro_batches(
+    sequences: Sequences, plan: PackingPlan, members: range, options: TrainerOptions, ranks: Ranks
+) -> Iterator[MicroBatch]:
+    for indices in plan.ranks[ranks.rank]:
+        yield collate(sequences, [members[i] for i in indices], options.use_remove_padding, ranks.device)
+
+
+def _limits(max_tokens: int, sequences_per_micro_batch: int | None) -> dict[str, int | None]:
+    if sequences_per_micro_batch is not None:
+        return {"sequences_per_micro_batch": sequences_per_micro_batch}
+    return {"max_tokens": max_tokens}
+
+
+def _valid_counts(sequences: Sequences, members: range) -> tuple[int, int]:
+    """(valid tokens, sequences with at least one) of the mini-batch, over all ranks."""
+    start, end = sequences.response_offsets[members.start], sequences.response_offsets[members.stop]
+    sums = np.add.reduceat(
+        sequences.response_mask[start:end] > 0,
+        sequences.response_offsets[members.start : members.stop] - start,
+        dtype=np.int64,
+    )
+    return int(sums.sum()), int((sums > 0).sum())
+
+
+def _metric_name(name: str) -> str:
+    return name if "/" in name else f"actor/{name}"
