@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from grpo_worker.data import Cursor, DataOptions, FunctionDataset, PromptDataset, PromptEncoder
-from grpo_worker.data.order import KeptRows, permutation
+from grpo_worker.data.order import KeptRows, permutation, row_order
 from grpo_worker.data.reader import RowGroupIndex, RowGroupReader
 from grpo_worker.data.schema import check_files
 from grpo_worker.errors import DataError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 
 # Of the module, since Arrow keeps only a pointer: a pool that dies before a buffer of it takes the process along.
 COUNTING_POOL = pa.proxy_memory_pool(pa.default_memory_pool())
@@ -83,6 +82,11 @@ def test_rows_within_a_row_group_are_shuffled_anew_each_epoch(write_parquet: Any
     epochs = [rows[start : start + 10] for start in (0, 10, 20)]
     assert [sorted(order) for order in epochs] == [list(range(10))] * 3
     assert len({tuple(order) for order in [*epochs, list(range(10))]}) == 4
+
+
+def test_each_row_group_has_its_own_order() -> None:
+    orders = [row_order(20, seed=0, epoch=0, block=block, shuffle=True).tolist() for block in range(4)]
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
 
 
 def test_row_groups_are_shuffled_anew_each_epoch(write_parquet: Any, encoder: PromptEncoder) -> None:
@@ -384,12 +388,12 @@ def test_a_function_is_a_dataset_with_the_same_interface(user_module: str, encod
 @pytest.mark.parametrize(
     ("spec", "part"),
     [
-        ("user_data", "'user_data' does not name a function. Write it as module:function."),
-        ("no_such_module:rows", "there is no module 'no_such_module'"),
-        ("broken_data:rows", "broken_data imports no_such_dependency, which is not installed"),
-        ("raising_data:rows", "importing raising_data raised ZeroDivisionError"),
-        ("user_data:row", "module user_data has no 'row'. Did you mean user_data:rows?"),
-        ("user_data:value", "user_data:value is a int, not a function"),
+        ("user_data", "'user_data' is half a name. Write module:function or path/to/file.py:function."),
+        ("no_such_module:rows", "no module 'no_such_module' (looked in"),
+        ("broken_data:rows", "'broken_data:rows' needs module 'no_such_dependency', which is not installed"),
+        ("raising_data:rows", "importing raising_data failed:"),
+        ("user_data:row", "has no function 'row' (functions: "),
+        ("user_data:value", "is a int, not a function"),
         ("user_data:raises", "user_data:raises raised RuntimeError: no license"),
         ("user_data:number", "returned a int. Return an iterable of dicts"),
         ("user_data:empty", "returned no rows"),

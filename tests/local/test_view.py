@@ -74,6 +74,17 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     assert "step 37/100" in text and "rollout-0" in text and "reward" in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("height", [15, 24, 30, 50])
+def test_a_low_terminal_gets_less_and_never_loses_progress_or_the_newest_event(width: int, height: int) -> None:
+    events = [event(f"event number {i}.") for i in range(6)]
+    console = Console(file=Terminal(), force_terminal=True, width=width, height=height, record=True)
+    console.print(render(STATUS, events, now=NOW, rewards=[0.1, 0.2]))
+    text = console.export_text()
+    assert len(text.splitlines()) <= height
+    assert "step 37/100" in text and "accuracy" in text and "event number 5." in text
+
+
 @pytest.mark.parametrize("width", [40, 60, 100])
 @pytest.mark.parametrize("field", sorted(STATUS))
 @pytest.mark.parametrize("value", ["missing", None])

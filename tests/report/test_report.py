@@ -12,7 +12,7 @@ import yaml
 from grpo_worker.errors import ConfigError, DataError
 from grpo_worker.report import write_report
 from grpo_worker.report.curves import Chart, Series, make_charts, smooth
-from grpo_worker.report.svg import chart_svg, nice_ticks, value_range
+from grpo_worker.report.svg import MAX_POINTS, bounded_line, chart_svg, nice_ticks, value_range
 
 START = 1_780_000_000.0
 STEPS = 60
@@ -339,12 +339,20 @@ def test_an_axis_starts_at_zero_where_noise_must_not_look_like_a_trend(
     assert value_range(values, from_zero) == pytest.approx(expected)
 
 
-def test_smoothing_keeps_a_straight_line_inside_and_a_constant_everywhere() -> None:
+def test_smoothing_keeps_a_straight_line_to_its_ends_and_takes_out_a_ripple() -> None:
     line = [(step, 2.0 * step) for step in range(9)]
-    assert smooth(line, 3)[1:-1] == line[1:-1]
-    assert smooth([(step, 5.0) for step in range(9)], 5) == [(step, 5.0) for step in range(9)]
+    assert smooth(line, 5) == line
+    ripple = [(step, float(step % 2)) for step in range(9)]
+    assert max(value for _, value in smooth(ripple, 5)[2:-2]) == pytest.approx(0.6)
 
 
 def test_a_chart_of_one_point_is_a_dot() -> None:
     svg = chart_svg(Chart("kl", "KL", "", [Series("kl", [(3, 0.5)])]))
     assert "<polyline" not in svg and 'class="dot' in svg
+
+
+def test_a_long_curve_is_thinned_without_losing_a_spike() -> None:
+    points = [(step, 9.0 if step == 7777 else 0.1) for step in range(20_000)]
+    thinned = bounded_line(Series("norm", points)).points
+    assert len(thinned) <= MAX_POINTS and (7777, 9.0) in thinned
+    assert [step for step, _ in thinned] == sorted({step for step, _ in thinned})

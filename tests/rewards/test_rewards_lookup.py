@@ -22,8 +22,8 @@ def length_reward(sample, weight=1.0):
     return weight * len(sample.response)
 
 def compute_score(data_source, solution_str, ground_truth, extra_info):
-    return {"score": float(solution_str == ground_truth), "acc": True, "pred": solution_str, "index": extra_info["index"],
-            "known": data_source == "openai/gsm8k"}
+    return {"score": float(solution_str == ground_truth), "acc": True, "pred": solution_str,
+            "index": extra_info["index"], "known": data_source == "openai/gsm8k"}
 
 def short(solution_str, ground_truth, bonus):
     return float(solution_str == ground_truth) + bonus

@@ -41,7 +41,13 @@ def has_ended(pid: int, within_seconds: float = 10.0) -> bool:
 
 
 def kinds(outcomes: Sequence[RewardOutcome]) -> list[str | float]:
-    return [outcome.failure.kind if outcome.failure else outcome.result.score for outcome in outcomes]
+    """Of each outcome the score, or the kind of its failure."""
+    found: list[str | float] = []
+    for outcome in outcomes:
+        assert (outcome.result is None) != (outcome.failure is None)
+        found += [outcome.result.score] if outcome.result else []
+        found += [outcome.failure.kind] if outcome.failure else []
+    return found
 
 
 @pytest.mark.parametrize(
@@ -227,6 +233,7 @@ async def test_when_no_worker_starts_any_more_the_callers_are_told(user_folder: 
         (user_folder / "misbehaving.py").write_text("raise RuntimeError('the disk is gone')\n")
         outcomes = asyncio.gather(*(pool.score(sample(word)) for word in ("loop", "1")), return_exceptions=True)
         timeout, stuck = await outcomes
+        assert isinstance(timeout, RewardOutcome)
         assert kinds([timeout]) == ["timeout"]
         assert isinstance(stuck, RetryableError)
         assert "the disk is gone" in str(stuck)

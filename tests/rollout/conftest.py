@@ -11,11 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "weightsync"))  # its cutting proxy
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from replica_helpers import CONTEXT, TOKEN, Loop, Replica, Trainer, tiny_model  # noqa: E402
+from replica_helpers import CONTEXT, TOKEN, Loop, Replica, Trainer, tiny_model
 
-from grpo_worker.rollout.engine import RolloutEngine  # noqa: E402
-from grpo_worker.rollout.options import EngineOptions  # noqa: E402
-from grpo_worker.rollout.server import RolloutServer, listen  # noqa: E402
+from grpo_worker.rollout.engine import RolloutEngine
+from grpo_worker.rollout.options import EngineOptions
+from grpo_worker.rollout.server import RolloutServer, listen
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +45,9 @@ def replica(model_directory: Path) -> Iterator[Replica]:
     loop = Loop()
 
     async def start() -> tuple[RolloutEngine, int]:
-        engine = RolloutEngine(EngineOptions(model_path=str(model_directory), max_model_len=CONTEXT, max_num_seqs=64, token=TOKEN))
+        engine = RolloutEngine(
+            EngineOptions(model_path=str(model_directory), max_model_len=CONTEXT, max_num_seqs=64, token=TOKEN)
+        )
         await engine.start()
         server = RolloutServer(engine, token=TOKEN, unready_reason=lambda: "")
         server.started = True

@@ -12,8 +12,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grpo_worker.protocol import auth, codec
 from grpo_worker.protocol.messages import (
-    ApplyWeightsReply, ApplyWeightsRequest, Array, ErrorReply, GenerateEnd, GenerateRequest, GroupResult, PromptRequest,
-    Sampling, StoreSource,
+    ApplyWeightsReply,
+    ApplyWeightsRequest,
+    Array,
+    ErrorReply,
+    GenerateEnd,
+    GenerateRequest,
+    GroupResult,
+    PromptRequest,
+    Sampling,
+    StoreSource,
 )  # fmt: skip
 from grpo_worker.rollout.engine import RolloutEngine
 from grpo_worker.weightsync.manifest import Manifest, TensorSpec
@@ -75,6 +83,10 @@ class Loop:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_seconds)
 
 
+def client(token: str = TOKEN) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(headers=auth.authorization(token))
+
+
 @dataclass
 class Replica:
     """The replica under test, as its clients see it."""
@@ -85,24 +97,22 @@ class Replica:
 
     async def post(self, path: str, body: bytes, token: str = TOKEN, kind: type[T] | Any = None) -> tuple[int, Any]:
         """Status and the decoded body (an ErrorReply from 400 on)."""
-        async with aiohttp.ClientSession(headers=auth.authorization(token)) as session:
-            async with session.post(self.url + path, data=body) as response:
-                data = await response.read()
-                if response.content_type != codec.CONTENT_TYPE:
-                    return response.status, data
-                return response.status, codec.decode(data, ErrorReply if response.status >= 400 else kind)
+        async with client(token) as session, session.post(self.url + path, data=body) as response:
+            data = await response.read()
+            if response.content_type != codec.CONTENT_TYPE:
+                return response.status, data
+            return response.status, codec.decode(data, ErrorReply if response.status >= 400 else kind)
 
     async def generate_async(self, request: GenerateRequest, into: dict[str, GroupResult]) -> GenerateEnd:
         """Fill `into` as results arrive."""
-        async with aiohttp.ClientSession(headers=auth.authorization(TOKEN)) as session:
-            async with session.post(f"{self.url}/v1/generate", data=codec.encode(request)) as response:
-                assert response.status == 200, await response.read()
-                while True:
-                    frame = await codec.read_frame(response.content, GroupResult | GenerateEnd, 60)
-                    if isinstance(frame, GenerateEnd):
-                        return frame
-                    assert frame.id not in into
-                    into[frame.id] = frame
+        async with client() as session, session.post(f"{self.url}/v1/generate", data=codec.encode(request)) as response:
+            assert response.status == 200, await response.read()
+            while True:
+                frame = await codec.read_frame(response.content, GroupResult | GenerateEnd, 60)
+                if isinstance(frame, GenerateEnd):
+                    return frame
+                assert frame.id not in into
+                into[frame.id] = frame
 
     def generate(self, request: GenerateRequest) -> dict[str, GroupResult]:
         results: dict[str, GroupResult] = {}
@@ -126,7 +136,16 @@ def request_of(prompts: dict[str, list[int]], **changes: Any) -> GenerateRequest
     sampling = {"n": 1, "max_tokens": 16, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "ignore_eos": True}
     request = {name: changes.pop(name) for name in list(changes) if name in GenerateRequest.__struct_fields__}
     seed = changes.pop("seed", 0)
-    listed = [PromptRequest(id=name, token_ids=Array.of(ids, "int32"), seed=seed + i) for i, (name, ids) in enumerate(prompts.items())]
+    listed = [
+        PromptRequest(id=name, token_ids=Array.of(ids, "int32"), seed=seed + i)
+        for i, (name, ids) in enumerate(prompts.items())
+    ]
     return GenerateRequest(
-        **{"request_id": "r", "prompts": listed, "sampling": Sampling(**{**sampling, **changes}), "deadline_seconds": 60.0, **request}
+        **{
+            "request_id": "r",
+            "prompts": listed,
+            "sampling": Sampling(**{**sampling, **changes}),
+            "deadline_seconds": 60.0,
+            **request,
+        }
     )

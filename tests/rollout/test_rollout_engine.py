@@ -36,7 +36,9 @@ def assert_serves(replica: Replica, seed: int, version: int) -> None:
         (sample,) = results[name].samples
         tokens = sample.token_ids.numpy().tolist()
         assert tokens == hf_greedy(seed, prompt, 16)
-        np.testing.assert_allclose(sample.log_probs.numpy(), hf_log_probs(seed, prompt + tokens, len(prompt)), atol=1e-4)
+        np.testing.assert_allclose(
+            sample.log_probs.numpy(), hf_log_probs(seed, prompt + tokens, len(prompt)), atol=1e-4
+        )
         assert sample.versions == [VersionSpan(version, 0, 16)]
 
 
@@ -79,10 +81,15 @@ def test_a_cached_prefix_is_not_used_with_new_weights(replica: Replica, trainer:
 
 
 def bits(results: dict[str, GroupResult]) -> dict[str, list[tuple[bytes, bytes]]]:
-    return {name: [(sample.token_ids.data, sample.log_probs.data) for sample in result.samples] for name, result in results.items()}
+    return {
+        name: [(sample.token_ids.data, sample.log_probs.data) for sample in result.samples]
+        for name, result in results.items()
+    }
 
 
-def test_an_atomic_request_gives_the_same_bits_whatever_came_before_and_beside_it(replica: Replica, trainer: Trainer) -> None:
+def test_an_atomic_request_gives_the_same_bits_whatever_came_before_and_beside_it(
+    replica: Replica, trainer: Trainer
+) -> None:
     sync(replica, trainer, 7, 16)
     prompts = {f"p{i}": [2 + i % 60, 3, 4 + i % 7] * (1 + i % 5) for i in range(12)}
     atomic = request_of(prompts, n=4, temperature=1.0, max_tokens=40, ignore_eos=False, atomic=True)
@@ -112,7 +119,10 @@ def test_a_sample_depends_on_its_seed_and_index_and_not_on_its_batch(replica: Re
 
 def test_the_end_of_text_token_ends_a_sample_and_stays_in_it(replica: Replica) -> None:
     prompts = {f"p{i}": [i + 2, 5] for i in range(40)}
-    samples = [g.samples[0] for g in replica.generate(request_of(prompts, temperature=2.0, max_tokens=100, ignore_eos=False)).values()]
+    samples = [
+        g.samples[0]
+        for g in replica.generate(request_of(prompts, temperature=2.0, max_tokens=100, ignore_eos=False)).values()
+    ]
     stopped = [sample for sample in samples if sample.finish_reason == "stop"]
     assert stopped
     for sample in stopped:
@@ -125,7 +135,9 @@ def test_the_end_of_text_token_ends_a_sample_and_stays_in_it(replica: Replica) -
         assert not {9, 10} & set(tokens[:-1])
 
 
-def test_a_swap_under_running_requests_splits_their_spans_where_the_weights_changed(replica: Replica, trainer: Trainer) -> None:
+def test_a_swap_under_running_requests_splits_their_spans_where_the_weights_changed(
+    replica: Replica, trainer: Trainer
+) -> None:
     sync(replica, trainer, 20, 18)
     source = trainer.publish(21, weights(19))
     long = request_of({f"p{i}": [3, 4, i + 2] for i in range(4)}, n=2, temperature=1.0, max_tokens=240)
@@ -140,7 +152,7 @@ def test_a_swap_under_running_requests_splits_their_spans_where_the_weights_chan
         status, _ = await asyncio.to_thread(replica.apply, source)
         assert status == 200
         await generation
-        noted.update({name: track for name, track in tracks.items()})
+        noted.update(tracks)
         return results
 
     noted: dict[str, VersionTrack] = {}

@@ -6,13 +6,12 @@ import os
 import signal
 import time
 
-import aiohttp
 import msgspec
 import pytest
-from replica_helpers import CONTEXT, TOKEN, VOCABULARY, Replica, Trainer, request_of, weights
+from replica_helpers import CONTEXT, VOCABULARY, Replica, Trainer, client, request_of, weights
 from test_rollout_engine import sync
 
-from grpo_worker.protocol import auth, codec
+from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import Array, ErrorReply, GenerateRequest, GroupResult, PromptRequest
 
 
@@ -23,13 +22,23 @@ def ask(replica: Replica, request: GenerateRequest) -> tuple[int, ErrorReply]:
 @pytest.mark.parametrize(
     ("bad", "kind", "message"),
     [
-        ([5] * CONTEXT, "prompt_too_long", f"'bad' has {CONTEXT} tokens; with max_tokens 16 it exceeds the engine's context of {CONTEXT}"),
+        (
+            [5] * CONTEXT,
+            "prompt_too_long",
+            f"'bad' has {CONTEXT} tokens; with max_tokens 16 it exceeds the engine's context of {CONTEXT}",
+        ),
         ([5] * (CONTEXT - 15), "prompt_too_long", "exceeds"),
-        ([2, 3, VOCABULARY], "token_out_of_range", f"token id {VOCABULARY} at position 2 is outside the vocabulary 0..{VOCABULARY - 1}"),
+        (
+            [2, 3, VOCABULARY],
+            "token_out_of_range",
+            f"token id {VOCABULARY} at position 2 is outside the vocabulary 0..{VOCABULARY - 1}",
+        ),
         ([-1], "token_out_of_range", "token id -1 at position 0"),
     ],
 )
-def test_a_bad_prompt_is_told_by_its_id_and_the_others_are_answered(replica: Replica, bad: list[int], kind: str, message: str) -> None:
+def test_a_bad_prompt_is_told_by_its_id_and_the_others_are_answered(
+    replica: Replica, bad: list[int], kind: str, message: str
+) -> None:
     results = replica.generate(request_of({"good": [2, 3], "bad": bad, "better": [5] * (CONTEXT - 16)}))
     assert results["bad"].error_kind == kind
     assert message in (results["bad"].error or "")
@@ -51,8 +60,14 @@ GOOD = request_of({"a": [2, 3]})
         (request_of({"empty": [], "a": [2]}), "prompt 'empty' has no tokens"),
         (request_of({}), "prompts is empty"),
         (msgspec.structs.replace(GOOD, prompts=GOOD.prompts * 2), "prompt ids occur twice: a"),
-        (msgspec.structs.replace(GOOD, prompts=[PromptRequest(id="f", token_ids=Array.of([1.0], "float32"))]), "'f'.*float32"),
-        (msgspec.structs.replace(GOOD, prompts=[PromptRequest(id="f", token_ids=Array("int32", b"123"))]), "'f'.*3 bytes"),
+        (
+            msgspec.structs.replace(GOOD, prompts=[PromptRequest(id="f", token_ids=Array.of([1.0], "float32"))]),
+            "'f'.*float32",
+        ),
+        (
+            msgspec.structs.replace(GOOD, prompts=[PromptRequest(id="f", token_ids=Array("int32", b"123"))]),
+            "'f'.*3 bytes",
+        ),
         (msgspec.structs.replace(GOOD, deadline_seconds=0.0), "deadline_seconds is 0"),
         (changed(GOOD, n=0), "sampling.n is 0"),
         (changed(GOOD, max_tokens=0), "sampling.max_tokens is 0"),
@@ -62,7 +77,9 @@ GOOD = request_of({"a": [2, 3]})
         (changed(GOOD, min_p=2.0), "sampling.min_p is 2"),
     ],
 )
-def test_a_request_that_cannot_be_meant_is_refused_with_the_field(replica: Replica, request_: GenerateRequest, message: str) -> None:
+def test_a_request_that_cannot_be_meant_is_refused_with_the_field(
+    replica: Replica, request_: GenerateRequest, message: str
+) -> None:
     status, reply = ask(replica, request_)
     assert (status, reply.reason) == (400, "InvalidRequest")
     with pytest.raises(ValueError, match=message):
@@ -121,11 +138,10 @@ def test_a_client_that_goes_away_takes_its_requests_out_of_the_engine(replica: R
     request = request_of({f"p{i}": [2, i + 2] for i in range(32)}, n=2, temperature=1.0, max_tokens=240)
 
     async def leave() -> None:
-        async with aiohttp.ClientSession(headers=auth.authorization(TOKEN)) as session:
-            async with session.post(f"{replica.url}/v1/generate", data=codec.encode(request)):
-                async with asyncio.timeout(20):
-                    while len(replica.engine._tracks) < 64:
-                        await asyncio.sleep(0.01)
+        async with client() as session, session.post(f"{replica.url}/v1/generate", data=codec.encode(request)):
+            async with asyncio.timeout(20):
+                while len(replica.engine._tracks) < 64:
+                    await asyncio.sleep(0.01)
         await idle(replica)
 
     replica.loop.run(leave())

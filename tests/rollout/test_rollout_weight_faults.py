@@ -7,9 +7,9 @@ from contextlib import closing
 import msgspec
 import pytest
 import torch
+from cutting_proxy import Proxy
 from replica_helpers import Replica, Trainer, weights
 from test_rollout_engine import assert_serves, sync
-from cutting_proxy import Proxy
 
 from grpo_worker.protocol.messages import ErrorReply
 
@@ -21,12 +21,16 @@ def without(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if name != FIRST}
 
 
+def without_norm(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+
+
 def with_extra(tensors: Tensors) -> Tensors:
     return {**tensors, "model.layers.9.extra": torch.zeros(2)}
 
 
 def wrong_shape(tensors: Tensors) -> Tensors:
-    return {**tensors, FIRST: tensors[FIRST].t().contiguous()}
+    return {**tensors, FIRST: tensors[FIRST][:, ::2]}
 
 
 def wrong_dtype(tensors: Tensors) -> Tensors:
@@ -89,7 +93,9 @@ def test_a_version_that_is_gone_is_a_conflict(replica: Replica, trainer: Trainer
     assert "held: 37, 38" in reply.message
 
 
-def test_a_trainer_with_another_token_is_refused(replica: Replica, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_with_another_token_is_refused(
+    replica: Replica, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sync(replica, trainer, 39, 38)
     source = trainer.publish(40, weights(39))
     monkeypatch.setattr(trainer.server, "_token", "another")
@@ -115,10 +121,11 @@ def test_a_sync_that_is_too_slow_ends_at_its_limit(replica: Replica, trainer: Tr
 def test_a_swap_that_fails_half_way_stops_generation_until_a_sync_succeeds(
     replica: Replica, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names that the manifest check would refuse are let through, so that vLLM itself fails while it loads."""
+    """What the manifest check would refuse is let through: an unknown name, at which vLLM itself fails while it loads, and a
+    parameter without weights, which vLLM only logs."""
     sync(replica, trainer, 42, 41)
     monkeypatch.setattr("grpo_worker.rollout.engine.verify", lambda *_, **__: None)
-    for version, change in ((43, with_extra), (44, without)):
+    for version, change in ((43, with_extra), (44, without_norm)):
         status, reply = replica.apply(trainer.publish(version, change(weights(42))))
         assert isinstance(reply, ErrorReply)
         assert (status, reply.reason) == (502, "WeightsNotApplied")

@@ -105,7 +105,9 @@ def test_metrics_do_not_depend_on_micro_batches(model: Path) -> None:
         assert one[f"actor/{name}"] == pytest.approx(many[f"actor/{name}"], rel=1e-4), name
 
 
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": False}, {"head_chunk_tokens": 5}, {"compile_layers": False}])
+@pytest.mark.parametrize(
+    "change", [{"gradient_checkpointing": False}, {"head_chunk_tokens": 5}, {"compile_layers": False}]
+)
 def test_memory_savers_do_not_change_the_gradient(model: Path, change: dict[str, Any]) -> None:
     sequences = sequences_of(LENGTHS)
     loss = {"entropy_coeff": 0.05}

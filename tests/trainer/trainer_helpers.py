@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from grpo_worker.trainer.update import TrainerState, Updater
 from grpo_worker.trainer.user_loss import policy_loss
 
 VOCABULARY = 64
+torch.set_num_threads(1)  # a tiny model's matrix products are shorter than a thread barrier
 
 
 def save_tiny_model(directory: Path, tied: bool = True, seed: int = 0, **changes: Any) -> Path:
@@ -63,7 +65,9 @@ def sequences_of(lengths: list[tuple[int, int]], **keywords: Any) -> Sequences:
     return Sequences.of(batch_message(lengths, **keywords))
 
 
-def options_for(model: Path, *, optimizer: dict[str, Any] | None = None, loss: dict[str, Any] | None = None, **changes: Any) -> TrainerOptions:
+def options_for(
+    model: Path, *, optimizer: dict[str, Any] | None = None, loss: dict[str, Any] | None = None, **changes: Any
+) -> TrainerOptions:
     options = TrainerOptions(
         model_path=str(model),
         max_prompt_tokens=64,
@@ -73,6 +77,12 @@ def options_for(model: Path, *, optimizer: dict[str, Any] | None = None, loss: d
         loss=LossOptions(**(loss or {})),
     )
     return dataclasses.replace(options, **changes)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @functools.cache

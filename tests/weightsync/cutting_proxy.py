@@ -5,7 +5,8 @@ import threading
 
 
 class Proxy:
-    """Forwards connections to a server and cuts them all after so many bytes of answers (None: never; 0: answers nothing)."""
+    """Forwards connections to a server and cuts them all after so many bytes of answers (None: never; 0: answers
+    nothing)."""
 
     def __init__(self, port: int, cut_after_bytes: int) -> None:
         self._port, self._left = port, cut_after_bytes
@@ -44,4 +45,4 @@ class Proxy:
                         return self.close()
                 target.sendall(data)
         except OSError:
-            return
+            return None

@@ -9,7 +9,15 @@ from safetensors.torch import save_file
 
 from grpo_worker.errors import DataError
 from grpo_worker.weightsync.manifest import (
-    Manifest, TensorEntry, TensorSpec, WeightsDamagedError, WeightsMismatchError, check_places, expected_tensors, layout, verify,
+    Manifest,
+    TensorEntry,
+    TensorSpec,
+    WeightsDamagedError,
+    WeightsMismatchError,
+    check_places,
+    expected_tensors,
+    layout,
+    verify,
 )  # fmt: skip
 
 EXPECTED = {name: TensorSpec(name, (2, 3), "bfloat16") for name in ("embed", "q_proj", "k_proj")}
@@ -19,7 +27,9 @@ def manifest(**changes: TensorSpec | None) -> Manifest:
     """A manifest of the expected tensors, with some replaced, added or (None) left out."""
     specs = [spec for spec in {**EXPECTED, **changes}.values() if spec is not None]
     offsets, total = layout(specs)
-    entries = [TensorEntry(s.name, s.shape, s.dtype, offset, s.size_bytes, 0) for s, offset in zip(specs, offsets, strict=True)]
+    entries = [
+        TensorEntry(s.name, s.shape, s.dtype, offset, s.size_bytes, 0) for s, offset in zip(specs, offsets, strict=True)
+    ]
     return Manifest(7, total, entries)
 
 
@@ -44,7 +54,7 @@ def test_the_expected_tensors_pass() -> None:
 
 def test_all_differences_are_told_at_once() -> None:
     changes = {"embed": None, "extra": TensorSpec("extra", (1,), "float32")}
-    with pytest.raises(WeightsMismatchError, match="version 7.*missing: embed; unexpected: extra"):
+    with pytest.raises(WeightsMismatchError, match=r"version 7.*missing: embed; unexpected: extra"):
         verify(manifest(**changes), EXPECTED)
 
 
@@ -75,7 +85,7 @@ def test_a_directory_without_weights_is_an_error_that_says_what_to_do(tmp_path: 
     with pytest.raises(DataError, match="safe_serialization"):
         expected_tensors(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00")
-    with pytest.raises(DataError, match="model.safetensors is not a readable safetensors file"):
+    with pytest.raises(DataError, match=r"model.safetensors is not a readable safetensors file"):
         expected_tensors(tmp_path)
 
 

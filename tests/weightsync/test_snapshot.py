@@ -37,7 +37,9 @@ def test_tensors_are_cast_to_the_announced_dtype_in_place(store: SnapshotStore) 
         manifest = writer.commit()
     place = manifest.tensors[1]
     with store.read(1, "test") as snapshot:
-        values = torch.frombuffer(bytearray(snapshot.data), dtype=torch.uint8)[place.offset : place.offset + place.size_bytes]
+        values = torch.frombuffer(bytearray(snapshot.data), dtype=torch.uint8)[
+            place.offset : place.offset + place.size_bytes
+        ]
         assert values.view(torch.bfloat16).tolist() == list(range(7))
 
 
@@ -56,7 +58,7 @@ def test_a_writer_waits_for_the_reader_of_its_buffer_and_then_names_it(store: Sn
     publish(store, 1, 1.0)
     with store.read(1, "10.0.0.7:4711"):
         publish(store, 2, 2.0)
-        with pytest.raises(StalledError, match="10.0.0.7:4711"):
+        with pytest.raises(StalledError, match=r"10\.0\.0\.7:4711"):
             store.begin(3, SPECS)
         assert store.current is not None and store.current.version == 2
 
@@ -88,9 +90,10 @@ def test_a_version_that_is_not_held_is_refused_with_those_that_are(store: Snapsh
 
 def test_an_incomplete_version_is_not_published_and_is_named(store: SnapshotStore) -> None:
     publish(store, 1, 1.0)
-    with store.begin(2, SPECS) as writer, pytest.raises(DataError, match="2 tensors were not written: b, scalar"):
+    with store.begin(2, SPECS) as writer:
         writer.write("a", torch.zeros(3, 5))
-        writer.commit()
+        with pytest.raises(DataError, match="2 tensors were not written: b, scalar"):
+            writer.commit()
     assert store.held() == [1]
     assert publish(store, 2, 2.0).version == 2
 
@@ -115,7 +118,11 @@ def test_a_tensor_written_twice_is_refused(store: SnapshotStore) -> None:
 
 
 def test_an_exception_while_writing_frees_the_buffer(store: SnapshotStore) -> None:
-    with pytest.raises(ZeroDivisionError), store.begin(1, SPECS) as writer:
-        writer.write("a", torch.zeros(3, 5))
-        raise ZeroDivisionError
+    def interrupted() -> None:
+        with store.begin(1, SPECS) as writer:
+            writer.write("a", torch.zeros(3, 5))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert publish(store, 1, 1.0).version == 1

@@ -19,7 +19,9 @@ from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore
 
 TOKEN = "a-token"
-SPECS = [TensorSpec(f"layer.{i}", (1000 + i, 37), "float32") for i in range(12)] + [TensorSpec("norm", (3,), "bfloat16")]
+SPECS = [TensorSpec(f"layer.{i}", (1000 + i, 37), "float32") for i in range(12)] + [
+    TensorSpec("norm", (3,), "bfloat16")
+]
 
 
 def publish(store: SnapshotStore, version: int) -> Manifest:
@@ -75,7 +77,9 @@ def test_a_pull_brings_every_tensor_whatever_the_number_of_streams(
     assert tensors(bytes(staging.data), manifest) == tensors(content(store, 1), manifest)
 
 
-def test_a_pull_that_runs_over_a_newer_publish_gets_the_version_it_asked_for(store: SnapshotStore, server: WeightServer) -> None:
+def test_a_pull_that_runs_over_a_newer_publish_gets_the_version_it_asked_for(
+    store: SnapshotStore, server: WeightServer
+) -> None:
     first = publish(store, 1)
     wanted, staging = content(store, 1), Staging()
 
@@ -89,7 +93,7 @@ def test_a_pull_that_runs_over_a_newer_publish_gets_the_version_it_asked_for(sto
 
 def test_a_wrong_token_gets_no_byte(store: SnapshotStore, server: WeightServer) -> None:
     source = server.source(publish(store, 1))
-    with pytest.raises(ConfigError, match="token is missing or wrong.*GRPO_JOB_TOKEN"):
+    with pytest.raises(ConfigError, match=r"token is missing or wrong.*GRPO_JOB_TOKEN"):
         pull(source, token="another", into=Staging(), deadline=soon())
     assert server.sent_bytes == 0
 
@@ -113,7 +117,7 @@ def test_bytes_that_changed_after_the_publish_name_their_tensor(store: SnapshotS
     damaged = manifest.tensors[5]
     memory = store._buffers[0].memory  # as a broken memory module or network card would
     memory[damaged.offset + 99] ^= 1
-    with pytest.raises(WeightsDamagedError, match="checksum of tensor 'layer.5' in version 1"):
+    with pytest.raises(WeightsDamagedError, match=r"checksum of tensor 'layer.5' in version 1"):
         pull(server.source(manifest), token=TOKEN, into=Staging(), deadline=soon())
 
 
@@ -131,7 +135,9 @@ def test_a_cut_in_the_middle_names_the_peer_and_how_far_it_came(store: SnapshotS
     manifest = publish(store, 1)
     with closing(Proxy(server.port, manifest.total_bytes // 2)) as proxy:
         source = msgspec.structs.replace(server.source(manifest), port=proxy.port)
-        with pytest.raises(PeerLostError, match=rf"127.0.0.1:{proxy.port}: lost after \d+ of {manifest.total_bytes} bytes of version 1"):
+        with pytest.raises(
+            PeerLostError, match=rf"127.0.0.1:{proxy.port}: lost after \d+ of {manifest.total_bytes} bytes of version 1"
+        ):
             pull(source, token=TOKEN, into=Staging(), deadline=soon())
     staging = Staging()
     pull(server.source(manifest), token=TOKEN, into=staging, deadline=soon())
@@ -151,7 +157,7 @@ def test_a_silent_server_costs_the_limit_and_no_more(timeout_seconds: float, dea
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         source = StoreSource(host="127.0.0.1", port=listener.getsockname()[1], version=1, digest="", total_bytes=1)
         started = time.monotonic()
-        with pytest.raises(PeerLostError, match="TimeoutError|timed out"):
+        with pytest.raises(PeerLostError, match=r"TimeoutError|timed out"):
             pull(source, token="", into=Staging(), timeout_seconds=timeout_seconds, deadline=soon(deadline_seconds))
         assert time.monotonic() - started < 5
 
@@ -159,9 +165,9 @@ def test_a_silent_server_costs_the_limit_and_no_more(timeout_seconds: float, dea
 def test_more_connections_than_allowed_are_answered_busy(store: SnapshotStore) -> None:
     with closing(WeightServer(store, "127.0.0.1", 0, TOKEN, max_connections=1)) as server:
         source = server.source(publish(store, 1))
-        with socket.create_connection(("127.0.0.1", server.port)):
-            with pytest.raises(RetryableError, match="too many"):
-                fetch_manifest(source, token=TOKEN, timeout_seconds=5, deadline=soon())
+        stranger = socket.create_connection(("127.0.0.1", server.port))
+        with stranger, pytest.raises(RetryableError, match="too many"):
+            fetch_manifest(source, token=TOKEN, timeout_seconds=5, deadline=soon())
 
 
 @pytest.mark.parametrize(
@@ -172,7 +178,9 @@ def test_more_connections_than_allowed_are_answered_busy(store: SnapshotStore) -
         lambda connection: None,
     ],
 )
-def test_strangers_do_not_disturb_the_server(store: SnapshotStore, server: WeightServer, talk: Callable[[socket.socket], None]) -> None:
+def test_strangers_do_not_disturb_the_server(
+    store: SnapshotStore, server: WeightServer, talk: Callable[[socket.socket], None]
+) -> None:
     source = server.source(publish(store, 1))
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         talk(connection)
@@ -180,7 +188,9 @@ def test_strangers_do_not_disturb_the_server(store: SnapshotStore, server: Weigh
 
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 5), (6, 5), (0, 10**9)])
-def test_a_range_outside_the_snapshot_is_refused(store: SnapshotStore, server: WeightServer, start: int, end: int) -> None:
+def test_a_range_outside_the_snapshot_is_refused(
+    store: SnapshotStore, server: WeightServer, start: int, end: int
+) -> None:
     source = server.source(publish(store, 1))
     with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
         request = wire.Request(token=TOKEN, version=1, digest=source.digest, kind="range", start=start, end=end)

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_worker.config import GRPOJob, load_job
+from grpo_worker.environment import PARENT_PID, REPLICA_INDEX, TERMINATION_LOG
 from grpo_worker.errors import ExitCode, GRPOError
 
 ROLES = ("coordinator", "trainer", "rollout")
-TERMINATION_VARIABLE = "GRPO_TERMINATION_LOG"
-PARENT_VARIABLE = "GRPO_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 # The kubelet keeps 4096 bytes of a termination message.
 MAX_MESSAGE_CHARACTERS = 3000
@@ -54,13 +53,13 @@ def run(role: str, job_file: str) -> int:
 
 def _die_with_parent() -> None:
     """A child of `grpo run` is killed by the kernel when the supervisor dies, however that happens."""
-    parent = os.environ.get(PARENT_VARIABLE)
+    parent = os.environ.get(PARENT_PID)
     if not parent or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         sys.exit(int(ExitCode.RETRY))  # it died before we asked
-    del os.environ[PARENT_VARIABLE]  # our own children have other parents
+    del os.environ[PARENT_PID]  # our own children have other parents
 
 
 def _run_role(role: str, job: GRPOJob) -> int:
@@ -76,12 +75,12 @@ def _run_role(role: str, job: GRPOJob) -> int:
     else:
         from grpo_worker.rollout.main import run as run_rollout
 
-        run_rollout(job)
+        run_rollout(job, index=int(os.environ.get(REPLICA_INDEX, "0")))
     return int(ExitCode.DONE)
 
 
 def _last_word(reason: str, message: str, context: dict[str, object]) -> None:
-    path = os.environ.get(TERMINATION_VARIABLE)
+    path = os.environ.get(TERMINATION_LOG)
     if not path:
         return
     text = json.dumps({"reason": reason, "message": message[:MAX_MESSAGE_CHARACTERS], **context})

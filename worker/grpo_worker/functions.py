@@ -25,7 +25,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     """The function that `name` (module:function or file.py:function) of the document's `field` means. Raises DataError."""
     source, colon, function_name = name.rpartition(":")
     if not (source and colon and function_name):
-        raise DataError(f"{field}: {name!r} does not name a function. Write module:function or path/to/file.py:function.")
+        raise DataError(f"{field}: {name!r} is half a name. Write module:function or path/to/file.py:function.")
     is_file = source.endswith(".py") or "/" in source
     module = _load_file(source, name, field) if is_file else _load_module(source, name, field)
     return _member(module, function_name, name, field)
@@ -40,7 +40,7 @@ def traceback_tail(error: BaseException, lines: int = _TRACEBACK_LINES) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' with the closest known words, or ''."""
     near = difflib.get_close_matches(word, list(known), n=2)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _load_module(module_name: str, name: str, field: str) -> ModuleType:
@@ -51,7 +51,9 @@ def _load_module(module_name: str, name: str, field: str) -> ModuleType:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name not in own:
-            raise DataError(f"{field}: {name!r} needs module {error.name!r}, which is not installed.\n{traceback_tail(error)}") from error
+            raise DataError(
+                f"{field}: {name!r} needs module {error.name!r}, which is not installed.\n{traceback_tail(error)}"
+            ) from error
         here = [path.stem for path in sorted(Path.cwd().glob("*.py"))]
         raise DataError(
             f"{field}: {name!r}: no module {error.name!r} (looked in the current directory {os.getcwd()}, in PYTHONPATH "
@@ -66,7 +68,9 @@ def _load_file(source: str, name: str, field: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
         there = [entry.name for entry in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        where = f"Python files in {path.parent}: {', '.join(there) or 'none'}" if path.parent.is_dir() else "nor its folder"
+        where = (
+            f"Python files in {path.parent}: {', '.join(there) or 'none'}" if path.parent.is_dir() else "nor its folder"
+        )
         raise DataError(f"{field}: {name!r}: there is no file {path} ({where}).{did_you_mean(path.name, there)}")
     _put_first_on_path(str(path.parent))
     taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
@@ -96,11 +100,15 @@ def _member(module: ModuleType, function_name: str, name: str, field: str) -> Ca
     function = getattr(module, function_name, None)
     where = getattr(module, "__file__", None) or module.__name__
     if function is None:
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        functions = [
+            key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
+        ]
         raise DataError(
             f"{field}: {name!r}: {where} has no function {function_name!r} (functions: {', '.join(functions) or 'none'})."
             f"{did_you_mean(function_name, functions)}"
         )
     if not callable(function):
-        raise DataError(f"{field}: {name!r}: {function_name!r} of {where} is a {type(function).__name__}, not a function.")
+        raise DataError(
+            f"{field}: {name!r}: {function_name!r} of {where} is a {type(function).__name__}, not a function."
+        )
     return function  # type: ignore[no-any-return]

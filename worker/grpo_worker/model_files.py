@@ -15,7 +15,9 @@ def parameter_count(path: str) -> int | None:
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     if not files:
         return None
-    return sum(math.prod(tensor["shape"]) for file in files for name, tensor in _header(file).items() if name != "__metadata__")
+    return sum(
+        math.prod(tensor["shape"]) for file in files for name, tensor in _header(file).items() if name != "__metadata__"
+    )
 
 
 def _header(file: Path) -> dict[str, dict[str, list[int]]]:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-VARIABLE = "GRPO_RUN_DIR"
+from grpo_worker.environment import RUN_DIRECTORY
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RunDirectory:
     @classmethod
     def of_environment(cls, job_name: str) -> "RunDirectory":
         """`$GRPO_RUN_DIR`, or runs/<job name>; made if missing."""
-        root = Path(os.environ.get(VARIABLE) or Path("runs") / job_name)
+        root = Path(os.environ.get(RUN_DIRECTORY) or Path("runs") / job_name)
         root.mkdir(parents=True, exist_ok=True)
         return cls(root)
 

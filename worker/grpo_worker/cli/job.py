@@ -10,10 +10,14 @@ from grpo_worker.config import load_job, resolved_document
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this module's commands."""
     validate = commands.add_parser(
-        "validate", help="check a GRPOJob", description="Print `valid` and the document with every value resolved, or every error; exit code 64."
+        "validate",
+        help="check a GRPOJob",
+        description="Print `valid` and the document with every value resolved, or every error; exit code 64.",
     )
     validate.add_argument("file", help="the GRPOJob (YAML)")
-    validate.add_argument("--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field")
+    validate.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field"
+    )
     validate.set_defaults(function=_validate)
     crd = commands.add_parser("crd", help="print the CustomResourceDefinition")
     crd.set_defaults(function=_crd)

@@ -26,7 +26,9 @@ GROUPS: tuple[Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], 
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="grpo", description="GRPO training from one YAML, on one machine or on Kubernetes.")
+    parser = argparse.ArgumentParser(
+        prog="grpo", description="GRPO training from one YAML, on one machine or on Kubernetes."
+    )
     parser.add_argument("--version", action="version", version=f"grpo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in GROUPS:

@@ -8,8 +8,14 @@ from grpo_worker.errors import UsageError
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this module's commands."""
-    generate = commands.add_parser("generate", help="answer prompts with a checkpoint", description="Load a checkpoint's actor/ in vLLM and answer prompts.")
-    generate.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, a directory of checkpoints, or a model directory")
+    generate = commands.add_parser(
+        "generate",
+        help="answer prompts with a checkpoint",
+        description="Load a checkpoint's actor/ in vLLM and answer prompts.",
+    )
+    generate.add_argument(
+        "--checkpoint", type=Path, required=True, help="a checkpoint, a directory of checkpoints, or a model directory"
+    )
     generate.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     generate.add_argument("--prompts-file", type=Path, help="a file with one prompt a line")
     generate.add_argument("--temperature", type=float, default=0.3)
@@ -19,7 +25,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     generate.add_argument("--seed", type=int, default=1)
     generate.add_argument("--greedy", action="store_true", help="the most likely answer (temperature 0)")
     generate.set_defaults(function=_generate)
-    demo = commands.add_parser("demo", help="make the demo's model and data").add_subparsers(metavar="COMMAND", required=True)
+    demo = commands.add_parser("demo", help="make the demo's model and data").add_subparsers(
+        metavar="COMMAND", required=True
+    )
     prepare = demo.add_parser("prepare", help="write a tiny model and arithmetic problems")
     prepare.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     prepare.add_argument("--seed", type=int, default=1)

@@ -11,12 +11,27 @@ from grpo_worker.errors import UsageError, YieldedError
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this module's commands."""
-    run = commands.add_parser("run", help="train a GRPOJob on this machine", description="Train a GRPOJob on this machine, without Kubernetes.")
+    run = commands.add_parser(
+        "run",
+        help="train a GRPOJob on this machine",
+        description="Train a GRPOJob on this machine, without Kubernetes.",
+    )
     run.add_argument("file", help="the GRPOJob (YAML)")
-    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field, e.g. actor.optim.lr=1e-5")
+    run.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override a field, e.g. actor.optim.lr=1e-5",
+    )
     run.add_argument("--run-dir", type=Path, help="where logs, metrics and checkpoints go (default: runs/NAME)")
     run.set_defaults(function=_run)
-    report = commands.add_parser("report", help="write a run's report", description="Write one HTML file and one PNG with a run's curves and samples.")
+    report = commands.add_parser(
+        "report",
+        help="write a run's report",
+        description="Write one HTML file and one PNG with a run's curves and samples.",
+    )
     report.add_argument("run_dir", type=Path, help="the run directory")
     report.set_defaults(function=_report)
 

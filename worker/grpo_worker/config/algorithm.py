@@ -16,18 +16,26 @@ class KLControl(Section):
     """Coefficient of the KL penalty in the reward."""
 
     type: Literal["fixed", "adaptive"] = field(
-        "fixed", "fixed keeps klCoef; adaptive steers it to targetKL (Ziegler et al. 2019).", verl="algorithm.kl_ctrl.type"
+        "fixed",
+        "fixed keeps klCoef; adaptive steers it to targetKL (Ziegler et al. 2019).",
+        verl="algorithm.kl_ctrl.type",
     )
     kl_coef: float = field(0.001, "Coefficient, or its first value.", verl="algorithm.kl_ctrl.kl_coef", ge=0)
-    horizon: int = field(10000, "Time scale of the adaptive controller.", verl="algorithm.kl_ctrl.horizon", unit="samples", ge=1)
-    target_kl: float = field(0.1, "KL that the adaptive controller steers to.", verl="algorithm.kl_ctrl.target_kl", unit="nats", gt=0)
+    horizon: int = field(
+        10000, "Time scale of the adaptive controller.", verl="algorithm.kl_ctrl.horizon", unit="samples", ge=1
+    )
+    target_kl: float = field(
+        0.1, "KL that the adaptive controller steers to.", verl="algorithm.kl_ctrl.target_kl", unit="nats", gt=0
+    )
 
 
 class FilterGroups(Section):
     """Dynamic sampling (DAPO): groups whose samples all score the same carry no gradient and are replaced by fresh prompts."""
 
     enable: bool = field(False, "Replace groups without variance.", verl="algorithm.filter_groups.enable")
-    metric: Literal["score", "accuracy"] = field("score", "Value whose variance within the group decides.", verl="algorithm.filter_groups.metric")
+    metric: Literal["score", "accuracy"] = field(
+        "score", "Value whose variance within the group decides.", verl="algorithm.filter_groups.metric"
+    )
     max_num_gen_batches: int = field(
         10,
         "Bound: after so many generation batches for one step, the step trains on the groups that it has.",
@@ -38,11 +46,21 @@ class FilterGroups(Section):
 class OverlongBuffer(Section):
     """Soft overlong punishment (DAPO, arXiv 2503.14476 eq. 13)."""
 
-    enable: bool = field(False, "Subtract a penalty that grows over the last `length` tokens of the budget.", verl="reward_model.overlong_buffer.enable")
-    length: int | None = field(
-        None, "Length of the buffer; default a fifth of data.maxResponseLength.", verl="reward_model.overlong_buffer.len", unit="tokens", ge=1
+    enable: bool = field(
+        False,
+        "Subtract a penalty that grows over the last `length` tokens of the budget.",
+        verl="reward_model.overlong_buffer.enable",
     )
-    penalty_factor: float = field(1.0, "Penalty at the full budget.", verl="reward_model.overlong_buffer.penalty_factor", ge=0)
+    length: int | None = field(
+        None,
+        "Length of the buffer; default a fifth of data.maxResponseLength.",
+        verl="reward_model.overlong_buffer.len",
+        unit="tokens",
+        ge=1,
+    )
+    penalty_factor: float = field(
+        1.0, "Penalty at the full budget.", verl="reward_model.overlong_buffer.penalty_factor", ge=0
+    )
 
 
 class RolloutCorrection(Section):
@@ -63,10 +81,16 @@ class RolloutCorrection(Section):
         False, "Divide the weights by their batch mean.", verl="algorithm.rollout_correction.rollout_is_batch_normalize"
     )
     rollout_rs: list[RejectionCriterion] = field(
-        list, "Rejection criteria: tokens or sequences beyond the threshold leave the loss.", verl="algorithm.rollout_correction.rollout_rs"
+        list,
+        "Rejection criteria: tokens or sequences beyond the threshold leave the loss.",
+        verl="algorithm.rollout_correction.rollout_rs",
     )
     rollout_rs_threshold: float = field(
-        2.0, "Upper threshold of each criterion in rolloutRs.", verl="algorithm.rollout_correction.rollout_rs_threshold", unit="nats", gt=0
+        2.0,
+        "Upper threshold of each criterion in rolloutRs.",
+        verl="algorithm.rollout_correction.rollout_rs_threshold",
+        unit="nats",
+        gt=0,
     )
     bypass_mode: bool = field(
         False,
@@ -79,23 +103,32 @@ class Algorithm(Section):
     """Advantages, KL in the reward, dynamic sampling, off-policy correction."""
 
     preset: Preset | None = field(
-        None, "Sets the defaults of a published recipe; a field that you set yourself wins. `grpo validate` prints the outcome."
+        None,
+        "Sets the defaults of a published recipe; a field that you set yourself wins. `grpo validate` prints the outcome.",
     )
     advantage_estimator: str = field(
         "grpo", "grpo, rloo, reinforce, reinforcePlusPlus, reinforcePlusPlusBaseline, or module:function.",
         verl="algorithm.adv_estimator", pattern=r"^(grpo|rloo|reinforce|reinforcePlusPlus|reinforcePlusPlusBaseline|[\w./\-]+:[A-Za-z_]\w*)$",
     )  # fmt: skip
     norm_adv_by_std: bool = field(
-        True, "Divide group advantages by the group's standard deviation; false is Dr.GRPO (arXiv 2503.20783).", verl="algorithm.norm_adv_by_std_in_grpo"
+        True,
+        "Divide group advantages by the group's standard deviation; false is Dr.GRPO (arXiv 2503.20783).",
+        verl="algorithm.norm_adv_by_std_in_grpo",
     )
-    gamma: float = field(1.0, "Discount of token rewards; used by reinforcePlusPlus.", verl="algorithm.gamma", gt=0, le=1)
+    gamma: float = field(
+        1.0, "Discount of token rewards; used by reinforcePlusPlus.", verl="algorithm.gamma", gt=0, le=1
+    )
     use_kl_in_reward: bool = field(
-        False, "Subtract klCtrl.klCoef times the KL to the reference model from each token's reward.", verl="algorithm.use_kl_in_reward"
+        False,
+        "Subtract klCtrl.klCoef times the KL to the reference model from each token's reward.",
+        verl="algorithm.use_kl_in_reward",
     )
     kl_penalty: KLKind = field("k1", "Estimator of the KL in the reward.", verl="algorithm.kl_penalty")
     kl_ctrl: KLControl = field(KLControl, "Coefficient of the KL in the reward.", verl="algorithm.kl_ctrl")
     filter_groups: FilterGroups = field(FilterGroups, "Dynamic sampling.", verl="algorithm.filter_groups")
-    overlong_buffer: OverlongBuffer = field(OverlongBuffer, "Penalty on responses near the length limit.", verl="reward_model.overlong_buffer")
+    overlong_buffer: OverlongBuffer = field(
+        OverlongBuffer, "Penalty on responses near the length limit.", verl="reward_model.overlong_buffer"
+    )
     rollout_correction: RolloutCorrection = field(
         RolloutCorrection, "Correction of the mismatch between engine and trainer.", verl="algorithm.rollout_correction"
     )

@@ -20,12 +20,23 @@ class Section(BaseModel):
     """A part of the document. Immutable; unknown keys are refused; no silent conversion between types."""
 
     model_config = ConfigDict(
-        alias_generator=camel, extra="forbid", frozen=True, strict=True, validate_default=False, use_attribute_docstrings=False
+        alias_generator=camel,
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=False,
+        use_attribute_docstrings=False,
     )
 
 
 def field(
-    default: Any = ..., doc: str = "", *, verl: str | None = None, unit: str | None = None, immutable: bool = True, **rules: Any
+    default: Any = ...,
+    doc: str = "",
+    *,
+    verl: str | None = None,
+    unit: str | None = None,
+    immutable: bool = True,
+    **rules: Any,
 ) -> Any:
     """A documented field.
 
@@ -42,7 +53,9 @@ def field(
     if isinstance(default, type) and issubclass(default, BaseModel):
         return Field(default_factory=default, description=doc, json_schema_extra=extra or None, **rules)
     if callable(default):  # a fresh list or mapping for each document; the schema shows its value
-        return Field(default_factory=default, description=doc, json_schema_extra={**extra, "default": default()}, **rules)
+        return Field(
+            default_factory=default, description=doc, json_schema_extra={**extra, "default": default()}, **rules
+        )
     return Field(default, description=doc, json_schema_extra=extra or None, **rules)
 
 

@@ -22,7 +22,14 @@ def crd() -> dict[str, Any]:
         {"rule": rule.cel, "message": f"{rule.path} {rule.message}. {rule.remedy}", "fieldPath": f".{rule.path}"}
         for rule in RULES
     ]
-    names = {"kind": KIND, "listKind": f"{KIND}List", "plural": "grpojobs", "singular": "grpojob", "shortNames": ["grpo"], "categories": ["all"]}
+    names = {
+        "kind": KIND,
+        "listKind": f"{KIND}List",
+        "plural": "grpojobs",
+        "singular": "grpojob",
+        "shortNames": ["grpo"],
+        "categories": ["all"],
+    }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",

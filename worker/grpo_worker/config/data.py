@@ -9,21 +9,33 @@ class Data(Section):
     """Prompts: Parquet files, or a function of yours."""
 
     train_files: list[str] = field(list, "Parquet files of the training prompts.", verl="data.train_files")
-    validation_files: list[str] = field(list, "Parquet files of the held-out prompts; without any, no validation runs.", verl="data.val_files")
+    validation_files: list[str] = field(
+        list, "Parquet files of the held-out prompts; without any, no validation runs.", verl="data.val_files"
+    )
     dataset: FunctionPath | None = field(
         None, "module:function that yields rows (dicts) in place of trainFiles.", verl="data.custom_cls"
     )
-    prompt_key: str = field("prompt", "Column of the prompt: text, or a list of chat messages.", verl="data.prompt_key", min_length=1)
+    prompt_key: str = field(
+        "prompt", "Column of the prompt: text, or a list of chat messages.", verl="data.prompt_key", min_length=1
+    )
     response_key: str = field("response", "Column of the reference response; may be empty.", min_length=1)
     reward_key: str = field("reward", "Column of the ground truth.", verl="data.reward_fn_key", min_length=1)
     train_batch_size: int = field(1024, "Prompts a step.", verl="data.train_batch_size", unit="prompts", ge=1)
     max_prompt_length: int = field(512, "Longest prompt.", verl="data.max_prompt_length", unit="tokens", ge=1)
-    max_response_length: int = field(1024, "Longest response; generation stops there.", verl="data.max_response_length", unit="tokens", ge=1)
-    filter_overlong_prompts: bool = field(True, "Leave out prompts over the limit (counted in the log).", verl="data.filter_overlong_prompts")
-    truncation: Literal["error", "left", "right", "middle"] = field(
-        "error", "What is done with a prompt over the limit when it is not filtered: stop, or cut that side.", verl="data.truncation"
+    max_response_length: int = field(
+        1024, "Longest response; generation stops there.", verl="data.max_response_length", unit="tokens", ge=1
     )
-    chat_template: Literal["auto", "never"] = field("auto", "auto applies the tokenizer's chat template when it has one.", verl="data.apply_chat_template_kwargs")
+    filter_overlong_prompts: bool = field(
+        True, "Leave out prompts over the limit (counted in the log).", verl="data.filter_overlong_prompts"
+    )
+    truncation: Literal["error", "left", "right", "middle"] = field(
+        "error",
+        "What is done with a prompt over the limit when it is not filtered: stop, or cut that side.",
+        verl="data.truncation",
+    )
+    chat_template: Literal["auto", "never"] = field(
+        "auto", "auto applies the tokenizer's chat template when it has one.", verl="data.apply_chat_template_kwargs"
+    )
     system_prompt: str | None = field(None, "System message put before each prompt (with a chat template).")
     shuffle: bool = field(True, "Shuffle by seed and epoch: row groups, and rows within each.", verl="data.shuffle")
     seed: int = field(1, "Seed of the shuffle.", verl="data.seed", ge=0)
@@ -36,8 +48,12 @@ class Reward(Section):
         "gsm8k", "gsm8k, math, exactMatch, format, reasoningGym, or module:function.",
         verl="custom_reward_function.path/name", pattern=r"^(gsm8k|math|exactMatch|format|reasoningGym|[\w./\-]+:[A-Za-z_]\w*)$",
     )  # fmt: skip
-    options: dict[str, Any] = field(dict, "Keyword arguments of the function, e.g. `method: flexible`.", verl="custom_reward_function.reward_kwargs")
-    timeout_seconds: float = field(10.0, "Limit of one call; a call over it is killed and counted, never scored 0.", unit="seconds", gt=0)
+    options: dict[str, Any] = field(
+        dict, "Keyword arguments of the function, e.g. `method: flexible`.", verl="custom_reward_function.reward_kwargs"
+    )
+    timeout_seconds: float = field(
+        10.0, "Limit of one call; a call over it is killed and counted, never scored 0.", unit="seconds", gt=0
+    )
     workers: int = field(2, "Processes that score.", verl="reward_model.num_workers", unit="processes", ge=1)
     max_failure_ratio: float = field(
         0.5, "A step in which more than this share of the samples could not be scored stops the job.", ge=0, le=1

@@ -43,7 +43,9 @@ class Spec(Section):
     failure_policy: FailurePolicy = field(FailurePolicy, "Restarts.")
     runtime: Runtime = field(Runtime, "The machine.")
     network: Network = field(Network, "Ports and limits.")
-    active_deadline_seconds: int | None = field(None, "The job fails when it runs longer.", unit="seconds", ge=1, immutable=False)
+    active_deadline_seconds: int | None = field(
+        None, "The job fails when it runs longer.", unit="seconds", ge=1, immutable=False
+    )
 
 
 class GRPOJob(Section):

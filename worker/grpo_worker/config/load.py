@@ -69,7 +69,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document. Raises UsageError with line and column."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"{source}: not valid YAML: {error}") from error
 
@@ -100,7 +100,9 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> GRPOJob:
 def job_from_document(document: Any, source: str = "GRPOJob") -> GRPOJob:
     """Validate a parsed document. Raises InvalidJob with every error."""
     if not isinstance(document, Mapping):
-        raise InvalidJob(source, [Issue("(document)", document, "is not a mapping", "Start from examples/arithmetic.yaml.")])
+        raise InvalidJob(
+            source, [Issue("(document)", document, "is not a mapping", "Start from examples/arithmetic.yaml.")]
+        )
     raw = {key: value for key, value in document.items() if key != "status"}
     if isinstance(raw.get("spec"), Mapping):
         raw["spec"] = apply_preset(raw["spec"])

@@ -28,7 +28,12 @@ def reference_markdown() -> str:
     for key, node in schema["properties"].items():
         if (section := _object(node, definitions)) is not None:
             lines += _section(key, section, definitions)
-    lines += ["## Presets", "", "`algorithm.preset` sets these defaults; a field that the document sets itself wins.", ""]
+    lines += [
+        "## Presets",
+        "",
+        "`algorithm.preset` sets these defaults; a field that the document sets itself wins.",
+        "",
+    ]
     for name, values in PRESETS.items():
         settings = ", ".join(f"`{path}: {_yaml(value)}`" for path, value in values.items())
         lines.append(f"- **{name}**: {settings}")
@@ -49,7 +54,10 @@ def _section(path: str, section: dict[str, Any], definitions: dict[str, Any]) ->
 
 
 def _table(path: str, properties: dict[str, Any], required: list[str], definitions: dict[str, Any]) -> list[str]:
-    lines = ["| field | type | default | range | unit | verl | what it does |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| field | type | default | range | unit | verl | what it does |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for key, node in properties.items():
         default = "required" if key in required else _yaml(node.get("default")) if "default" in node else ""
         cells = [
@@ -79,7 +87,9 @@ def _type(node: dict[str, Any], definitions: dict[str, Any]) -> str:
     if node.get("type") == "array":
         items = _type(node["items"], definitions)
         return f"list of {items}" if "properties" not in node["items"] else "list"
-    return {"object": "mapping", "number": "number", "integer": "integer", "string": "text", "boolean": "boolean"}.get(node.get("type", ""), "")
+    return {"object": "mapping", "number": "number", "integer": "integer", "string": "text", "boolean": "boolean"}.get(
+        node.get("type", ""), ""
+    )
 
 
 def _range(node: dict[str, Any]) -> str:

@@ -8,7 +8,13 @@ from grpo_worker.config.base import FunctionPath, Section, field
 class ValidationSampling(Section):
     """Sampling on the validation files. Greedy pass@1 is always measured; mean@k beside it when n > 1."""
 
-    n: int = field(1, "Samples a prompt for mean@k; 1 measures the greedy answer alone.", verl="rollout.val_kwargs.n", unit="samples", ge=1)
+    n: int = field(
+        1,
+        "Samples a prompt for mean@k; 1 measures the greedy answer alone.",
+        verl="rollout.val_kwargs.n",
+        unit="samples",
+        ge=1,
+    )
     temperature: float = field(1.0, "Temperature of the sampled answers.", verl="rollout.val_kwargs.temperature", gt=0)
     top_p: float = field(1.0, "Nucleus of the sampled answers.", verl="rollout.val_kwargs.top_p", gt=0, le=1)
     max_prompts: int | None = field(None, "Only the first so many validation prompts.", unit="prompts", ge=1)
@@ -18,12 +24,18 @@ class Rollout(Section):
     """Generation."""
 
     n: int = field(5, "Samples a prompt.", verl="rollout.n", unit="samples", ge=1)
-    temperature: float = field(1.0, "Sampling temperature; the trainer divides its logits by it.", verl="rollout.temperature", gt=0)
+    temperature: float = field(
+        1.0, "Sampling temperature; the trainer divides its logits by it.", verl="rollout.temperature", gt=0
+    )
     top_p: float = field(1.0, "Nucleus.", verl="rollout.top_p", gt=0, le=1)
     top_k: int = field(-1, "Largest rank that is sampled; -1 is all.", verl="rollout.top_k", ge=-1)
     replicas: int = field(1, "Engines.", unit="engines", ge=1, immutable=False)
-    min_replicas: int = field(1, "Engines that must serve current weights before generation starts.", unit="engines", ge=1)
-    tensor_parallel_size: int = field(1, "GPUs of one engine.", verl="rollout.tensor_model_parallel_size", unit="GPUs", ge=1)
+    min_replicas: int = field(
+        1, "Engines that must serve current weights before generation starts.", unit="engines", ge=1
+    )
+    tensor_parallel_size: int = field(
+        1, "GPUs of one engine.", verl="rollout.tensor_model_parallel_size", unit="GPUs", ge=1
+    )
     gpu_memory_utilization: float = field(
         0.6, "Share of the GPU's memory that the engine takes.", verl="rollout.gpu_memory_utilization", gt=0, lt=1
     )
@@ -36,24 +48,41 @@ class Rollout(Section):
         verl="rollout.log_prob_micro_batch_size_per_gpu", unit="sequences", ge=1,
     )  # fmt: skip
     log_prob_max_token_len_per_gpu: int | None = field(
-        None, "Token budget of that pass; default actor.ppoMaxTokenLenPerGPU.", verl="rollout.log_prob_max_token_len_per_gpu", unit="tokens", ge=1
+        None,
+        "Token budget of that pass; default actor.ppoMaxTokenLenPerGPU.",
+        verl="rollout.log_prob_max_token_len_per_gpu",
+        unit="tokens",
+        ge=1,
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         "auto", "Type of the engine's weights; auto is bfloat16 on GPU, float32 on CPU.", verl="rollout.dtype"
     )
-    max_num_seqs: int = field(256, "Sequences that one engine runs at a time.", verl="rollout.max_num_seqs", unit="sequences", ge=1)
-    max_num_batched_tokens: int | None = field(None, "Tokens of one engine step; default vLLM's.", verl="rollout.max_num_batched_tokens", unit="tokens", ge=1)
+    max_num_seqs: int = field(
+        256, "Sequences that one engine runs at a time.", verl="rollout.max_num_seqs", unit="sequences", ge=1
+    )
+    max_num_batched_tokens: int | None = field(
+        None, "Tokens of one engine step; default vLLM's.", verl="rollout.max_num_batched_tokens", unit="tokens", ge=1
+    )
     enforce_eager: bool | None = field(None, "No CUDA graphs; default on CPU only.", verl="rollout.enforce_eager")
-    enable_prefix_caching: bool = field(True, "Samples of a group share the prompt's KV cache.", verl="rollout.enable_prefix_caching")
+    enable_prefix_caching: bool = field(
+        True, "Samples of a group share the prompt's KV cache.", verl="rollout.enable_prefix_caching"
+    )
     cpu_kv_cache_gib: int = field(1, "KV cache of an engine on CPU.", unit="GiB", ge=1)
-    engine_args: dict[str, Any] = field(dict, "Further vLLM engine arguments, passed through.", verl="rollout.engine_kwargs.vllm")
+    engine_args: dict[str, Any] = field(
+        dict, "Further vLLM engine arguments, passed through.", verl="rollout.engine_kwargs.vllm"
+    )
     seed: int = field(1, "Seed of the sampling.", verl="rollout.seed", ge=0)
     seed_per_request: bool = field(
-        True, "Each sample has its own generator, so results do not depend on batching; false is faster on GPU and not reproducible."
+        True,
+        "Each sample has its own generator, so results do not depend on batching; false is faster on GPU and not reproducible.",
     )
     agent: FunctionPath | None = field(
-        None, "module:function that makes the samples of a prompt by calls to the engine, in place of one generation.", verl="rollout.agent"
+        None,
+        "module:function that makes the samples of a prompt by calls to the engine, in place of one generation.",
+        verl="rollout.agent",
     )
     request_timeout_seconds: float = field(600.0, "Deadline of a prompt's generation.", unit="seconds", gt=0)
     max_attempts: int = field(3, "Dispatches of a prompt before it is counted as failed.", ge=1)
-    validation: ValidationSampling = field(ValidationSampling, "Sampling on the validation files.", verl="rollout.val_kwargs")
+    validation: ValidationSampling = field(
+        ValidationSampling, "Sampling on the validation files.", verl="rollout.val_kwargs"
+    )

@@ -38,7 +38,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "rollout.n",
-        lambda s: s.rollout.n >= 2 or s.algorithm.advantage_estimator not in {"grpo", "rloo", "reinforcePlusPlusBaseline"},
+        lambda s: (
+            s.rollout.n >= 2 or s.algorithm.advantage_estimator not in {"grpo", "rloo", "reinforcePlusPlusBaseline"}
+        ),
         "self.rollout.n >= 2 || (has(self.algorithm.advantageEstimator) && !(self.algorithm.advantageEstimator in ['grpo', 'rloo', 'reinforcePlusPlusBaseline']))",
         "the advantage estimator compares the samples of a group, so it needs at least 2",
         "Set rollout.n to 2 or more, or algorithm.advantageEstimator to reinforce or reinforcePlusPlus.",
@@ -70,7 +72,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "algorithm.overlongBuffer.length",
-        lambda s: s.algorithm.overlong_buffer.length is None or s.algorithm.overlong_buffer.length <= s.data.max_response_length,
+        lambda s: (
+            s.algorithm.overlong_buffer.length is None
+            or s.algorithm.overlong_buffer.length <= s.data.max_response_length
+        ),
         "!has(self.algorithm.overlongBuffer.length) || self.algorithm.overlongBuffer.length <= self.data.maxResponseLength",
         "is longer than data.maxResponseLength",
         "Choose a part of data.maxResponseLength; DAPO takes a fifth.",
@@ -78,8 +83,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "algorithm.rolloutCorrection.rolloutIsLowerThreshold",
-        lambda s: (low := s.algorithm.rollout_correction.rollout_is_lower_threshold) is None
-        or low < s.algorithm.rollout_correction.rollout_is_threshold,
+        lambda s: (
+            (low := s.algorithm.rollout_correction.rollout_is_lower_threshold) is None
+            or low < s.algorithm.rollout_correction.rollout_is_threshold
+        ),
         "!has(self.algorithm.rolloutCorrection.rolloutIsLowerThreshold) || "
         "self.algorithm.rolloutCorrection.rolloutIsLowerThreshold < self.algorithm.rolloutCorrection.rolloutIsThreshold",
         "is not below rolloutIsThreshold, so every weight would be 0",

@@ -8,18 +8,39 @@ from grpo_worker.config.base import Section, field
 class Trainer(Section):
     """Ranks, length and logging of the run."""
 
-    gpus_per_node: int = field(1, "Trainer processes of a node, one GPU each (on CPU: processes).", verl="trainer.n_gpus_per_node", ge=1)
+    gpus_per_node: int = field(
+        1, "Trainer processes of a node, one GPU each (on CPU: processes).", verl="trainer.n_gpus_per_node", ge=1
+    )
     nodes: int = field(1, "Trainer nodes.", verl="trainer.nnodes", ge=1)
     total_epochs: int = field(15, "Passes over the training prompts.", verl="trainer.total_epochs", unit="epochs", ge=1)
-    total_steps: int | None = field(None, "Stop after so many steps, when that comes before totalEpochs.", verl="trainer.total_training_steps", unit="steps", ge=1)
-    test_freq: int = field(5, "Validate after every so many steps; 0 is never.", verl="trainer.test_freq", unit="steps", ge=0)
+    total_steps: int | None = field(
+        None,
+        "Stop after so many steps, when that comes before totalEpochs.",
+        verl="trainer.total_training_steps",
+        unit="steps",
+        ge=1,
+    )
+    test_freq: int = field(
+        5, "Validate after every so many steps; 0 is never.", verl="trainer.test_freq", unit="steps", ge=0
+    )
     val_before_train: bool = field(True, "Validate the starting model.", verl="trainer.val_before_train")
     loggers: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = field(
         lambda: ["console", "jsonl"], "Where metrics go.", verl="trainer.logger"
     )
     project_name: str = field("grpo", "Project in wandb.", verl="trainer.project_name", min_length=1)
-    experiment_name: str | None = field(None, "Run's name in wandb and TensorBoard; default metadata.name.", verl="trainer.experiment_name", min_length=1)
-    log_samples: int = field(8, "Completions kept at each validation, for the report.", verl="trainer.log_val_generations", unit="completions", ge=0)
+    experiment_name: str | None = field(
+        None,
+        "Run's name in wandb and TensorBoard; default metadata.name.",
+        verl="trainer.experiment_name",
+        min_length=1,
+    )
+    log_samples: int = field(
+        8,
+        "Completions kept at each validation, for the report.",
+        verl="trainer.log_val_generations",
+        unit="completions",
+        ge=0,
+    )
     seed: int = field(1, "Seed of the trainer.", ge=0)
     process_group_timeout_seconds: float = field(600.0, "Limit of one collective between ranks.", unit="seconds", gt=0)
 
@@ -27,11 +48,25 @@ class Trainer(Section):
 class Checkpoint(Section):
     """Where and how often state is saved."""
 
-    path: str = field("checkpoints", "Directory, shared by coordinator and trainer; a relative path is below the run's directory.", verl="trainer.default_local_dir", min_length=1)
-    save_freq: int = field(20, "Save after every so many steps, and at the end; 0 saves at the end alone.", verl="trainer.save_freq", unit="steps", ge=0)
+    path: str = field(
+        "checkpoints",
+        "Directory, shared by coordinator and trainer; a relative path is below the run's directory.",
+        verl="trainer.default_local_dir",
+        min_length=1,
+    )
+    save_freq: int = field(
+        20,
+        "Save after every so many steps, and at the end; 0 saves at the end alone.",
+        verl="trainer.save_freq",
+        unit="steps",
+        ge=0,
+    )
     keep_last: int = field(3, "Complete checkpoints that are kept.", verl="trainer.max_actor_ckpt_to_keep", ge=1)
     resume: str = field(
-        "auto", "auto goes on from the newest whole checkpoint; never starts anew; or the directory of one checkpoint.", verl="trainer.resume_mode", min_length=1
+        "auto",
+        "auto goes on from the newest whole checkpoint; never starts anew; or the directory of one checkpoint.",
+        verl="trainer.resume_mode",
+        min_length=1,
     )
 
 
@@ -39,8 +74,12 @@ class FailurePolicy(Section):
     """What a supervisor does when a process dies."""
 
     max_restarts: int = field(3, "Restarts of a role without progress between them before the job fails.", ge=0)
-    backoff_seconds: float = field(2.0, "Wait before the first restart; doubles with each, up to 60.", unit="seconds", ge=0)
-    stall_timeout_seconds: float = field(3600.0, "A job without a finished step for so long is restarted.", unit="seconds", gt=0)
+    backoff_seconds: float = field(
+        2.0, "Wait before the first restart; doubles with each, up to 60.", unit="seconds", ge=0
+    )
+    stall_timeout_seconds: float = field(
+        3600.0, "A job without a finished step for so long is restarted.", unit="seconds", gt=0
+    )
     startup_timeout_seconds: float = field(1800.0, "Limit until trainer and engines are ready.", unit="seconds", gt=0)
 
 
@@ -55,20 +94,28 @@ class Runtime(Section):
     """The machine that processes run on."""
 
     device: Literal["auto", "cpu", "cuda"] = field("auto", "auto is cuda where there is a GPU.", verl="trainer.device")
-    cpu_threads: int | None = field(None, "Threads of each process on CPU; default the machine's cores over its processes.", unit="threads", ge=1)
+    cpu_threads: int | None = field(
+        None, "Threads of each process on CPU; default the machine's cores over its processes.", unit="threads", ge=1
+    )
     env: list[EnvVar] = field(list, "Environment of every process of the job.", verl="ray_kwargs.ray_init.runtime_env")
 
 
 class Network(Section):
     """Ports and limits between the processes."""
 
-    coordinator_port: int = field(0, "Port of the coordinator (status, metrics); 0 is any free one under `grpo run`.", ge=0, le=65535)
+    coordinator_port: int = field(
+        0, "Port of the coordinator (status, metrics); 0 is any free one under `grpo run`.", ge=0, le=65535
+    )
     trainer_port: int = field(0, "Port of trainer rank 0.", ge=0, le=65535)
     weight_sync_port: int = field(0, "Port of the weight snapshot, on trainer rank 0.", ge=0, le=65535)
     rollout_port: int = field(0, "Port of a rollout server; replica i takes port + i under `grpo run`.", ge=0, le=65535)
-    rendezvous_port: int = field(0, "Port of the trainer ranks' rendezvous, on node 0.", verl="MASTER_PORT", ge=0, le=65535)
+    rendezvous_port: int = field(
+        0, "Port of the trainer ranks' rendezvous, on node 0.", verl="MASTER_PORT", ge=0, le=65535
+    )
     heartbeat_seconds: float = field(1.0, "Time between two heartbeats of a process.", unit="seconds", gt=0)
-    member_timeout_seconds: float = field(30.0, "A process without a heartbeat for so long is lost.", unit="seconds", gt=0)
+    member_timeout_seconds: float = field(
+        30.0, "A process without a heartbeat for so long is lost.", unit="seconds", gt=0
+    )
     weight_sync_timeout_seconds: float = field(300.0, "Limit of one weight sync to one engine.", unit="seconds", gt=0)
     weight_sync_streams: int = field(4, "TCP streams of one pull.", ge=1, le=64)
     request_timeout_seconds: float = field(3600.0, "Limit of one operation of the trainer.", unit="seconds", gt=0)

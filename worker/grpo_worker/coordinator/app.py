@@ -18,7 +18,11 @@ from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 
 
 def make_app(
-    token: str, members: Members, progress: Progress, reply: Callable[[Heartbeat], HeartbeatReply], stop: Callable[[str], None]
+    token: str,
+    members: Members,
+    progress: Progress,
+    reply: Callable[[Heartbeat], HeartbeatReply],
+    stop: Callable[[str], None],
 ) -> web.Application:
     """Routes: POST /v1/members, POST /v1/stop, GET /status, /metrics, /healthz."""
 

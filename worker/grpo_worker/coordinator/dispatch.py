@@ -55,7 +55,13 @@ class Dispatcher:
     """Sends submitted groups to engines in service; `on_done(group)` gets each once, in state SCORING or FAILED."""
 
     def __init__(
-        self, engines: EngineClient, members: Members, weights: WeightSync, emit: Emit, options: DispatchOptions, on_done: Callable[[Group], None]
+        self,
+        engines: EngineClient,
+        members: Members,
+        weights: WeightSync,
+        emit: Emit,
+        options: DispatchOptions,
+        on_done: Callable[[Group], None],
     ) -> None:
         self._engines = engines
         self._members = members
@@ -120,7 +126,9 @@ class Dispatcher:
             member = min(serving, key=lambda m: held[m.name])
             if held[member.name] >= limit:
                 return
-            self._send(member, [self._queue.popleft() for _ in range(min(CHUNK_PROMPTS, len(self._queue)))], atomic=False)
+            self._send(
+                member, [self._queue.popleft() for _ in range(min(CHUNK_PROMPTS, len(self._queue)))], atomic=False
+            )
 
     def _send(self, member: Member, groups: list[Group], *, atomic: bool) -> None:
         options = self._options
@@ -167,7 +175,8 @@ class Dispatcher:
             self._again(group, f"{flight.member.name} aborted the request", permanent=False)
         else:
             group.samples = [
-                Sample(s.token_ids.numpy(), s.log_probs.numpy(), s.finish_reason, list(s.versions)) for s in result.samples
+                Sample(s.token_ids.numpy(), s.log_probs.numpy(), s.finish_reason, list(s.versions))
+                for s in result.samples
             ]
             group.state = GroupState.SCORING
             self._on_done(group)

@@ -26,15 +26,21 @@ class EngineClient:
         self._session = session
         self._headers = {**authorization(token), "Content-Type": codec.CONTENT_TYPE}
 
-    async def generate(self, member: Member, request: GenerateRequest, on_result: Callable[[GroupResult], None]) -> GenerateEnd:
+    async def generate(
+        self, member: Member, request: GenerateRequest, on_result: Callable[[GroupResult], None]
+    ) -> GenerateEnd:
         """Raises PeerLostError."""
         limit = request.deadline_seconds + GRACE_SECONDS
         timeout = aiohttp.ClientTimeout(total=limit + GRACE_SECONDS, sock_connect=10.0)
         url = f"{member.url}/v1/generate"
         try:
-            async with self._session.post(url, data=codec.encode(request), headers=self._headers, timeout=timeout) as response:
+            async with self._session.post(
+                url, data=codec.encode(request), headers=self._headers, timeout=timeout
+            ) as response:
                 if response.status >= 400:
-                    raise PeerLostError(f"{member.name} refused a request: {_refusal(await response.read(), response.status)}")
+                    raise PeerLostError(
+                        f"{member.name} refused a request: {_refusal(await response.read(), response.status)}"
+                    )
                 while True:
                     frame = await codec.read_frame(response.content, GroupResult | GenerateEnd, limit)
                     if isinstance(frame, GenerateEnd):

@@ -68,13 +68,17 @@ class Experience:
 
 def assemble(groups: Sequence[Group], groups_per_mini_batch: int) -> Experience:
     """Flatten scored groups. A group is never split over two optimizer steps."""
-    samples = [(index, group.prompt.token_ids, sample) for index, group in enumerate(groups) for sample in group.samples]
+    samples = [
+        (index, group.prompt.token_ids, sample) for index, group in enumerate(groups) for sample in group.samples
+    ]
     lengths = torch.tensor([len(sample.token_ids) for _, _, sample in samples])
     parts: list[np.ndarray] = []
     for _, prompt, sample in samples:
         parts += [np.asarray(prompt, dtype=np.int32), sample.token_ids]
     rewards = [sample.reward for _, _, sample in samples]
-    assert all(reward is not None for reward in rewards), "a group is trained on only when all of its samples are scored"
+    assert all(reward is not None for reward in rewards), (
+        "a group is trained on only when all of its samples are scored"
+    )
     accuracies = [float("nan") if r.accuracy is None else r.accuracy for r in rewards if r is not None]
     return Experience(
         prompt_lengths=torch.tensor([len(prompt) for _, prompt, _ in samples]),
@@ -140,7 +144,9 @@ def judge(
         assert ref is not None, "the coordinator asks for the reference's log-probs when a KL term is on"
         kl = kl_penalty(old, ref, algorithm.kl_penalty)
         coefficient = kl_controller.coefficient
-        token_rewards, batch_kl = penalize_rewards(token_rewards, kl, mask, experience.seq_ids, experience.sequences, coefficient)
+        token_rewards, batch_kl = penalize_rewards(
+            token_rewards, kl, mask, experience.seq_ids, experience.sequences, coefficient
+        )
         kl_controller.update(batch_kl, experience.sequences)
         metrics |= {"actor/reward_kl_penalty": batch_kl, "actor/reward_kl_penalty_coeff": coefficient}
     inputs = AdvantageInputs(
@@ -154,7 +160,12 @@ def judge(
     )
     advantages = checked(algorithm.advantage_estimator, estimator(inputs), inputs)
     correction = rollout_weights(
-        old, experience.rollout_log_probs, mask, experience.seq_ids, experience.sequences, **_correction(algorithm.rollout_correction)
+        old,
+        experience.rollout_log_probs,
+        mask,
+        experience.seq_ids,
+        experience.sequences,
+        **_correction(algorithm.rollout_correction),
     )
     metrics |= correction.metrics
     return Judged(experience, old, ref, token_rewards, advantages, correction.weights, correction.mask, metrics)
@@ -178,5 +189,3 @@ def _overlong(experience: Experience, options: OverlongBuffer, max_response_toke
 
 def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array.numpy().copy())
-
-

@@ -116,7 +116,6 @@ class TrainingLoop:
             await self._publish()
         if self._step == 0 and self._spec.trainer.val_before_train and (metrics := await self._validate(0)):
             parts.loggers.log(0, {"epoch": 0.0, **metrics})
-        self._feed()
         while self._step < self._total_steps and not self._stop_reason:
             parts.progress.set("Training", f"step {self._step + 1}")
             if not await self._one_step():
@@ -138,10 +137,14 @@ class TrainingLoop:
         with timer.part("update_weights"):
             report = await self._publish()
         parts.schedule.trained(self._step)
-        self._feed()
+        if self._overlapped:
+            self._feed()
         self._record(batch)
         metrics |= report.metrics() | group_metrics(batch, self._step - 1) | extra_reward_metrics(batch.ready)
-        metrics |= {"reward/failures": float(counts.failed), **{f"reward/{kind}": float(n) for kind, n in counts.kinds.items()}}
+        metrics |= {
+            "reward/failures": float(counts.failed),
+            **{f"reward/{kind}": float(n) for kind, n in counts.kinds.items()},
+        }
         parts.progress.failed_samples(counts.kinds)
         if self._save_due():
             with timer.part("save_checkpoint"):
@@ -165,7 +168,11 @@ class TrainingLoop:
             if self._stop_reason:
                 return None
             if stale := schedule.reject_stale():
-                parts.emit("warning", "StaleSamples", f"{len(stale)} groups were older than rollout.maxStaleness and are generated again")
+                parts.emit(
+                    "warning",
+                    "StaleSamples",
+                    f"{len(stale)} groups were older than rollout.maxStaleness and are generated again",
+                )
                 self.dispatcher.submit(stale, atomic=False)
             self._feed()
             if schedule.available():
@@ -200,12 +207,22 @@ class TrainingLoop:
                 log_probs = await parts.trainer.call(request, LogProbsReply)
         with timer.part("adv"):
             judged = await asyncio.to_thread(
-                judge, experience, log_probs, spec.algorithm, parts.estimator, parts.kl_controller, spec.data.max_response_length
+                judge,
+                experience,
+                log_probs,
+                spec.algorithm,
+                parts.estimator,
+                parts.kl_controller,
+                spec.data.max_response_length,
             )
         with timer.part("update_actor"):
             reply = await parts.trainer.call(UpdateRequest(step=self._step + 1, batch=judged.wire()), UpdateReply)
         self._step += 1
-        metrics = experience_metrics(judged, spec.data.max_response_length) | (log_probs.metrics if log_probs else {}) | reply.metrics
+        metrics = (
+            experience_metrics(judged, spec.data.max_response_length)
+            | (log_probs.metrics if log_probs else {})
+            | reply.metrics
+        )
         return judged, metrics
 
     async def _publish(self) -> SyncReport:
@@ -213,7 +230,8 @@ class TrainingLoop:
         parts, spec = self._parts, self._spec
         report = await parts.weights.publish(self._step)
         await parts.weights.wait_in_service(
-            spec.rollout.min_replicas if self._step == 0 or not report.replies else 1, spec.failure_policy.startup_timeout_seconds
+            spec.rollout.min_replicas if self._step == 0 or not report.replies else 1,
+            spec.failure_policy.startup_timeout_seconds,
         )
         return report
 
@@ -224,7 +242,11 @@ class TrainingLoop:
         parts.progress.set("Validating", f"{parts.validation.prompts} prompts after step {step}")
         result = await parts.validation.run(parts.make_dispatcher, parts.scorer)
         parts.progress.validated(result.metrics)
-        parts.emit("info", "Validated", f"Validation: accuracy {result.accuracy:.3f} on {parts.validation.prompts} prompts after step {step}")
+        parts.emit(
+            "info",
+            "Validated",
+            f"Validation: accuracy {result.accuracy:.3f} on {parts.validation.prompts} prompts after step {step}",
+        )
         for group in result.groups[: self._spec.trainer.log_samples]:
             for sample in group.samples:
                 parts.samples.write(step, _sample_record("validation", group, sample.text, sample.reward))
@@ -256,7 +278,11 @@ class TrainingLoop:
             return
         if admitted := parts.schedule.admit():
             samples = len(admitted) * rollout.n
-            parts.emit("info", "Rollout", f"Rollout: generating {len(admitted)} prompts x {rollout.n} samples = {samples} trajectories")
+            parts.emit(
+                "info",
+                "Rollout",
+                f"Rollout: generating {len(admitted)} prompts x {rollout.n} samples = {samples} trajectories",
+            )
             self.dispatcher.submit(admitted, atomic=not self._overlapped)
 
     def _on_ended(self, group: Group) -> None:
@@ -295,7 +321,9 @@ class TrainingLoop:
 
     def _gpus(self) -> int:
         spec = self._spec
-        return spec.trainer.nodes * spec.trainer.gpus_per_node + spec.rollout.replicas * spec.rollout.tensor_parallel_size
+        return (
+            spec.trainer.nodes * spec.trainer.gpus_per_node + spec.rollout.replicas * spec.rollout.tensor_parallel_size
+        )
 
 
 def _sample_record(kind: str, group: Group, text: str, reward: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import aiohttp
@@ -23,8 +23,8 @@ from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.coordinator.loop import Parts, TrainingLoop
 from grpo_worker.coordinator.members import Members
-from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
 from grpo_worker.coordinator.progress import Progress
+from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
 from grpo_worker.coordinator.records import StepRecords
 from grpo_worker.coordinator.saver import Saver
 from grpo_worker.coordinator.schedule import Schedule
@@ -34,6 +34,7 @@ from grpo_worker.coordinator.validation import Validation
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.data.order import Cursor
 from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
+from grpo_worker.environment import COORDINATOR_PORT, LISTEN_HOST
 from grpo_worker.errors import GRPOError, YieldedError
 from grpo_worker.functions import load_function
 from grpo_worker.metric_loggers import EventLog, open_loggers
@@ -43,8 +44,6 @@ from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply, Sampling
 from grpo_worker.rewards.pool import RewardPool
 from grpo_worker.run_directory import RunDirectory
 
-LISTEN_VARIABLE = "GRPO_LISTEN_HOST"
-PORT_VARIABLE = "GRPO_COORDINATOR_PORT"
 # float32 master weights and two moments, and a copy of at most float32 in `actor/`.
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
@@ -77,11 +76,20 @@ class Coordinator:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20) as session:
             self._session = session
             self._trainer = TrainerClient(session, self._members, self._token, network.request_timeout_seconds)
-            self._weights = WeightSync(session, self._members, self._trainer, self._token, network.weight_sync_timeout_seconds, self._events.emit)
-            self._progress = Progress(self._job.name, self._incarnation, self._members, self._weights, self._spec.trainer.total_epochs)
+            self._weights = WeightSync(
+                session,
+                self._members,
+                self._trainer,
+                self._token,
+                network.weight_sync_timeout_seconds,
+                self._events.emit,
+            )
+            self._progress = Progress(
+                self._job.name, self._incarnation, self._members, self._weights, self._spec.trainer.total_epochs
+            )
             app = make_app(self._token, self._members, self._progress, self._reply, self._stop)
-            port = int(os.environ.get(PORT_VARIABLE) or network.coordinator_port)
-            server = await serve(app, os.environ.get(LISTEN_VARIABLE, "127.0.0.1"), port)
+            port = int(os.environ.get(COORDINATOR_PORT) or network.coordinator_port)
+            server = await serve(app, os.environ.get(LISTEN_HOST, "127.0.0.1"), port)
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self._stop, number.name)
             try:
@@ -115,7 +123,13 @@ class Coordinator:
     async def _build(self, stack: contextlib.AsyncExitStack) -> TrainingLoop:
         """All parts of the loop, cheap checks first."""
         spec, events, progress = self._spec, self._events, self._progress
-        saver = Saver(self._directory.checkpoints(spec.checkpoint.path), spec.checkpoint.keep_last, self._trainer, events.emit, progress.saved)
+        saver = Saver(
+            self._directory.checkpoints(spec.checkpoint.path),
+            spec.checkpoint.keep_last,
+            self._trainer,
+            events.emit,
+            progress.saved,
+        )
         saver.prepare((parameter_count(spec.model.path) or 0) * CHECKPOINT_BYTES_PER_PARAMETER)
         name = spec.algorithm.advantage_estimator
         estimator = ESTIMATORS[name] if name in ESTIMATORS else load_function(name, "algorithm.advantageEstimator")
@@ -125,10 +139,18 @@ class Coordinator:
             events.emit("warning", "Tokenizer", note)
         data = await asyncio.to_thread(open_training_data, spec, tokenizer.tokenizer)
         report = data.scan()
-        events.emit("info", "DataLoaded", f"Data: {report.kept} prompts, {report.dropped_overlong} over data.maxPromptLength left out")
+        events.emit(
+            "info",
+            "DataLoaded",
+            f"Data: {report.kept} prompts, {report.dropped_overlong} over data.maxPromptLength left out",
+        )
         validation_prompts = await asyncio.to_thread(open_validation_prompts, spec, tokenizer.tokenizer)
         pool = RewardPool(
-            spec.reward.function, dict(spec.reward.options), spec.reward.workers, spec.reward.timeout_seconds, spec.failure_policy.startup_timeout_seconds
+            spec.reward.function,
+            dict(spec.reward.options),
+            spec.reward.workers,
+            spec.reward.timeout_seconds,
+            spec.failure_policy.startup_timeout_seconds,
         )
         await stack.enter_async_context(pool)
         scorer = Scorer(
@@ -157,7 +179,9 @@ class Coordinator:
             progress.checkpoint = saver.last
             events.emit("info", "Resumed", f"Resuming from {point.path.name} at step {step}")
         keep = step if step > 0 else -1
-        total = _total_steps(spec.trainer.total_steps, report.kept * spec.trainer.total_epochs // spec.data.train_batch_size)
+        total = _total_steps(
+            spec.trainer.total_steps, report.kept * spec.trainer.total_epochs // spec.data.train_batch_size
+        )
         loggers = open_loggers(
             spec.trainer.loggers,
             self._directory.root,
@@ -179,12 +203,20 @@ class Coordinator:
             cursor,
             batch_size=spec.data.train_batch_size,
             max_staleness=spec.rollout.max_staleness,
-            max_gen_batches=spec.algorithm.filter_groups.max_num_gen_batches if spec.algorithm.filter_groups.enable else 1,
+            max_gen_batches=spec.algorithm.filter_groups.max_num_gen_batches
+            if spec.algorithm.filter_groups.enable
+            else 1,
             version=step,
+            last_version=total,
         )
         sampling = spec.rollout.validation
         validation = Validation(
-            validation_prompts, options, sampling.n, sampling.temperature, sampling.top_p, atomic=spec.rollout.max_staleness == 0
+            validation_prompts,
+            options,
+            sampling.n,
+            sampling.temperature,
+            sampling.top_p,
+            atomic=spec.rollout.max_staleness == 0,
         )
         parts = Parts(
             dataset=data,
@@ -207,7 +239,9 @@ class Coordinator:
         return TrainingLoop(spec, parts, step, total)
 
     def _make_dispatcher(self, options: DispatchOptions, on_done: Callable[[Group], None]) -> Dispatcher:
-        return Dispatcher(EngineClient(self._session, self._token), self._members, self._weights, self._events.emit, options, on_done)
+        return Dispatcher(
+            EngineClient(self._session, self._token), self._members, self._weights, self._events.emit, options, on_done
+        )
 
     def _dispatch_options(self, tokenizer: TokenizerInfo) -> DispatchOptions:
         rollout = self._spec.rollout

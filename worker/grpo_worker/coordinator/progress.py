@@ -20,12 +20,24 @@ STEP_GAUGES = {
     "critic/accuracy/mean": ("grpo_coordinator_train_accuracy_ratio", "Mean accuracy of the step's samples."),
     "val/accuracy/pass@1": ("grpo_coordinator_validation_accuracy_ratio", "Greedy accuracy on the validation prompts."),
     "response_length/mean": ("grpo_coordinator_response_length_tokens", "Mean response length."),
-    "response_length/clip_ratio": ("grpo_coordinator_response_clipped_ratio", "Share of responses cut at the length limit."),
+    "response_length/clip_ratio": (
+        "grpo_coordinator_response_clipped_ratio",
+        "Share of responses cut at the length limit.",
+    ),
     f"{PREFIX}/mean": ("grpo_coordinator_staleness_mean", "Mean staleness of the samples, in versions."),
     f"{PREFIX}/max": ("grpo_coordinator_staleness_max", "Largest staleness of a sample, in versions."),
-    "training/rollout_probs_diff_mean": ("grpo_coordinator_probs_diff_mean", "Mean difference of engine and trainer probabilities."),
-    "rollout_corr/k3_kl": ("grpo_coordinator_mismatch_k3", "k3 estimate of the KL between engine and trainer, in nats."),
-    "perf/throughput": ("grpo_coordinator_tokens_per_second", "Prompt and response tokens of the step a second and GPU."),
+    "training/rollout_probs_diff_mean": (
+        "grpo_coordinator_probs_diff_mean",
+        "Mean difference of engine and trainer probabilities.",
+    ),
+    "rollout_corr/k3_kl": (
+        "grpo_coordinator_mismatch_k3",
+        "k3 estimate of the KL between engine and trainer, in nats.",
+    ),
+    "perf/throughput": (
+        "grpo_coordinator_tokens_per_second",
+        "Prompt and response tokens of the step a second and GPU.",
+    ),
     "actor/entropy": ("grpo_coordinator_entropy", "Mean entropy of the policy, in nats."),
     "actor/ppo_kl": ("grpo_coordinator_ppo_kl", "KL of old and new policy in the last step, in nats."),
     "actor/pg_clipfrac": ("grpo_coordinator_clip_ratio", "Share of tokens whose ratio was clipped."),
@@ -124,7 +136,9 @@ class Progress:
                     "name": member.name,
                     "state": member.beat.state,
                     "in_service": member.name in serving,
-                    "weight_version": self._weights.served_version(member.name) if member.beat.role == "rollout" else None,
+                    "weight_version": self._weights.served_version(member.name)
+                    if member.beat.role == "rollout"
+                    else None,
                     "url": member.url,
                     "stats": member.beat.stats,
                 }
@@ -152,19 +166,37 @@ class Progress:
         self._gauge_step = Gauge("grpo_coordinator_step", "Steps finished.", registry=registry)
         self._gauge_total = Gauge("grpo_coordinator_total_steps", "Steps of the whole run.", registry=registry)
         self._gauge_epoch = Gauge("grpo_coordinator_epoch", "Passes over the data.", registry=registry)
-        self._gauge_time = Gauge("grpo_coordinator_last_progress_timestamp_seconds", "When the last step was finished.", registry=registry)
-        self._gauge_saved = Gauge("grpo_coordinator_checkpoint_step", "Step of the last complete checkpoint.", registry=registry)
-        self._gauge_saved_time = Gauge("grpo_coordinator_checkpoint_timestamp_seconds", "When it was completed.", registry=registry)
+        self._gauge_time = Gauge(
+            "grpo_coordinator_last_progress_timestamp_seconds", "When the last step was finished.", registry=registry
+        )
+        self._gauge_saved = Gauge(
+            "grpo_coordinator_checkpoint_step", "Step of the last complete checkpoint.", registry=registry
+        )
+        self._gauge_saved_time = Gauge(
+            "grpo_coordinator_checkpoint_timestamp_seconds", "When it was completed.", registry=registry
+        )
         self._histogram = Histogram(
-            "grpo_coordinator_step_seconds", "Time of a step.", registry=registry, buckets=(1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+            "grpo_coordinator_step_seconds",
+            "Time of a step.",
+            registry=registry,
+            buckets=(1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600),
         )
         self._count_prompts = Counter("grpo_coordinator_trained_prompts", "Prompts trained on.", registry=registry)
-        self._count_tokens = Counter("grpo_coordinator_trained_tokens", "Prompt and response tokens trained on.", registry=registry)
-        self._count_redispatched = Counter("grpo_coordinator_redispatched_prompts", "Prompts sent to another engine.", registry=registry)
-        self._count_failures = Counter("grpo_coordinator_reward_failures", "Samples whose reward could not be computed.", ["kind"], registry=registry)
+        self._count_tokens = Counter(
+            "grpo_coordinator_trained_tokens", "Prompt and response tokens trained on.", registry=registry
+        )
+        self._count_redispatched = Counter(
+            "grpo_coordinator_redispatched_prompts", "Prompts sent to another engine.", registry=registry
+        )
+        self._count_failures = Counter(
+            "grpo_coordinator_reward_failures",
+            "Samples whose reward could not be computed.",
+            ["kind"],
+            registry=registry,
+        )
         Gauge("grpo_coordinator_policy_version", "Newest published version.", registry=registry).set_function(
             lambda: float(self._weights.version if self._weights.version is not None else -1)
         )
-        Gauge("grpo_coordinator_rollouts_in_service", "Rollout servers that serve the current version.", registry=registry).set_function(
-            lambda: float(len(self._weights.in_service()))
-        )
+        Gauge(
+            "grpo_coordinator_rollouts_in_service", "Rollout servers that serve the current version.", registry=registry
+        ).set_function(lambda: float(len(self._weights.in_service())))

@@ -18,7 +18,11 @@ def open_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> BlockD
     """Opened, checked and scanned. Raises DataError."""
     data = spec.data
     options, encoder = _options(spec), _encoder(spec, tokenizer)
-    dataset = FunctionDataset(data.dataset, options, encoder) if data.dataset else PromptDataset(data.train_files, options, encoder)
+    dataset = (
+        FunctionDataset(data.dataset, options, encoder)
+        if data.dataset
+        else PromptDataset(data.train_files, options, encoder)
+    )
     dataset.scan()
     dataset.steps_per_epoch(data.train_batch_size)  # raises when a batch is larger than the data
     return dataset

@@ -50,7 +50,9 @@ class Saved:
 class Saver:
     """Saves in the background, one at a time; `last` is the newest complete checkpoint."""
 
-    def __init__(self, root: Path, keep_last: int, trainer: TrainerClient, emit: Emit, on_saved: Callable[[Saved], None]) -> None:
+    def __init__(
+        self, root: Path, keep_last: int, trainer: TrainerClient, emit: Emit, on_saved: Callable[[Saved], None]
+    ) -> None:
         self._root = root
         self._keep_last = keep_last
         self._trainer = trainer
@@ -81,12 +83,16 @@ class Saver:
         try:
             state = json.loads(point.coordinator_file.read_text())
             if state["format"] != STATE_FORMAT:
-                raise ConfigError(f"{point.path}: coordinator.json has format {state['format']}, this program reads {STATE_FORMAT}")
+                raise ConfigError(
+                    f"{point.path}: coordinator.json has format {state['format']}, this program reads {STATE_FORMAT}"
+                )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointDamagedError(f"{point.coordinator_file}: cannot be read: {error!r}") from error
         reply = await self._trainer.call(LoadRequest(directory=str(point.path)), LoadReply)
         if reply.step != point.step:
-            raise CheckpointDamagedError(f"{point.path}: its shards are of step {reply.step}, its manifest of step {point.step}")
+            raise CheckpointDamagedError(
+                f"{point.path}: its shards are of step {reply.step}, its manifest of step {point.step}"
+            )
         self.last = Saved(point.step, point.path, time.time(), 0.0)
         return point, state
 
@@ -104,7 +110,9 @@ class Saver:
             return
         try:
             with storage_errors(self._root, f"saving step {step}"):
-                (transaction.path / "coordinator.json").write_text(json.dumps({"format": STATE_FORMAT, **state}, indent=1))
+                (transaction.path / "coordinator.json").write_text(
+                    json.dumps({"format": STATE_FORMAT, **state}, indent=1)
+                )
             reply = await self._trainer.call(SaveRequest(directory=str(transaction.path), step=step), SaveReply)
         except GRPOError as error:
             transaction.abort()
@@ -113,7 +121,9 @@ class Saver:
             self._failed(step, error)
             return
         self.stall_seconds = time.monotonic() - started
-        self._emit("info", "CheckpointSaving", f"saving step {step}; training stood still for {reply.stall_seconds:.2f} s")
+        self._emit(
+            "info", "CheckpointSaving", f"saving step {step}; training stood still for {reply.stall_seconds:.2f} s"
+        )
         self._running = asyncio.create_task(self._finish(transaction, step, started))
 
     async def wait(self) -> None:

@@ -31,7 +31,15 @@ class Schedule:
     """The window of groups between the data and the trainer. Pure bookkeeping: no clock, no I/O."""
 
     def __init__(
-        self, prompts: Iterator[Prompt], start: Cursor, *, batch_size: int, max_staleness: int, max_gen_batches: int, version: int
+        self,
+        prompts: Iterator[Prompt],
+        start: Cursor,
+        *,
+        batch_size: int,
+        max_staleness: int,
+        max_gen_batches: int,
+        version: int,
+        last_version: int,
     ) -> None:
         """
         Args:
@@ -39,6 +47,7 @@ class Schedule:
             batch_size: B, groups a step.
             max_gen_batches: bound of dynamic sampling, in batches of B admitted for one step.
             version: of the weights at the start (steps already trained).
+            last_version: of the weights that end the run; nothing is generated for a step beyond.
         """
         self._prompts = prompts
         self._batch_size = batch_size
@@ -50,8 +59,8 @@ class Schedule:
         self._consumed = 0  # groups trained on since the start
         self._start_version = version
         self._admitted = 0
+        self._last_version = last_version
         self._exhausted = False
-        self._stopped = False
 
     @property
     def version(self) -> int:
@@ -69,10 +78,11 @@ class Schedule:
 
     def capacity(self) -> int:
         """How many more groups may be admitted now."""
-        if self._stopped or self._exhausted:
+        if self._exhausted:
             return 0
         useful = sum(group.state not in (GroupState.FILTERED, GroupState.FAILED) for group in self._window)
-        allowed = (self._max_staleness + self._version - self._start_version + 1) * self._batch_size
+        newest = min(self._version + self._max_staleness + 1, self._last_version)
+        allowed = (newest - self._start_version) * self._batch_size
         room = allowed - self._consumed - useful
         if self._max_staleness == 0:
             # Exact on-policy: a step's groups are generated in rounds, the next one when the last is complete.
@@ -98,10 +108,6 @@ class Schedule:
             admitted.append(group)
         return admitted
 
-    def stop(self) -> None:
-        """Admit nothing more: the last step's groups are under way."""
-        self._stopped = True
-
     def available(self) -> bool:
         """True when `take` would return a batch: B ready groups in order, or fewer when no more can come."""
         ready = 0
@@ -119,7 +125,9 @@ class Schedule:
         Admission makes this impossible for an engine that serves the version it reports; it is checked all the same.
         """
         oldest_allowed = self._version - self._max_staleness
-        stale = [group for group in self._window if group.state is GroupState.READY and group.oldest_version < oldest_allowed]
+        stale = [
+            group for group in self._window if group.state is GroupState.READY and group.oldest_version < oldest_allowed
+        ]
         for group in stale:
             group.restart()
         return stale
@@ -136,7 +144,11 @@ class Schedule:
                 break
             self._window.popleft()
             self._frontier = group.prompt.next_cursor
-            ended = {GroupState.READY: batch.ready, GroupState.FILTERED: batch.filtered, GroupState.FAILED: batch.failed}
+            ended = {
+                GroupState.READY: batch.ready,
+                GroupState.FILTERED: batch.filtered,
+                GroupState.FAILED: batch.failed,
+            }
             ended[group.state].append(group)
         if not batch.ready and batch.filtered and not self._exhausted:
             raise DataError(

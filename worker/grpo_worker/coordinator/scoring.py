@@ -32,7 +32,13 @@ class Scorer:
     """Decodes, scores and filters groups as they arrive."""
 
     def __init__(
-        self, pool: RewardPool, tokenizer: PreTrainedTokenizerBase, *, minimum_samples: int, filter_metric: str | None, max_failure_ratio: float
+        self,
+        pool: RewardPool,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        minimum_samples: int,
+        filter_metric: str | None,
+        max_failure_ratio: float,
     ) -> None:
         """
         Args:
@@ -44,7 +50,9 @@ class Scorer:
         self._minimum_samples = minimum_samples
         self._filter_metric = filter_metric
         self._max_failure_ratio = max_failure_ratio
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one: batch_decode then never races with itself
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="decode"
+        )  # one: batch_decode then never races with itself
         self._tasks: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
         self.counts = FailureCount()
@@ -83,7 +91,11 @@ class Scorer:
         for sample, text in zip(group.samples, texts, strict=True):
             sample.text = text
         outcomes = await self._pool.score_many([_reward_input(group, sample) for sample in group.samples])
-        group.samples = [sample for sample, outcome in zip(group.samples, outcomes, strict=True) if self._accept(group, sample, outcome)]
+        group.samples = [
+            sample
+            for sample, outcome in zip(group.samples, outcomes, strict=True)
+            if self._accept(group, sample, outcome)
+        ]
 
     async def _run(self, group: Group, on_end: Callable[[Group], None]) -> None:
         await self.score(group)
@@ -108,7 +120,9 @@ class Scorer:
         return False
 
     def _decode(self, samples: Sequence[Sample]) -> list[str]:
-        return list(self._tokenizer.batch_decode([sample.token_ids.tolist() for sample in samples], skip_special_tokens=True))
+        return list(
+            self._tokenizer.batch_decode([sample.token_ids.tolist() for sample in samples], skip_special_tokens=True)
+        )
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -16,7 +16,9 @@ from grpo_worker.coordinator.schedule import Batch
 def experience_metrics(judged: Judged, max_response_tokens: int) -> dict[str, float]:
     """Scores, rewards, advantages, lengths."""
     experience = judged.experience
-    rewards = judged.token_rewards.new_zeros(experience.sequences).index_add(0, experience.seq_ids, judged.token_rewards)
+    rewards = judged.token_rewards.new_zeros(experience.sequences).index_add(
+        0, experience.seq_ids, judged.token_rewards
+    )
     valid = judged.mask.bool()
     metrics = {
         **_summary("critic/score", experience.scores),
@@ -77,9 +79,17 @@ def performance_metrics(experience: Experience, timing: Mapping[str, float], gpu
 def _summary(name: str, values: Tensor) -> dict[str, float]:
     if values.numel() == 0:
         return {}
-    return {f"{name}/mean": float(values.mean()), f"{name}/max": float(values.max()), f"{name}/min": float(values.min())}
+    return {
+        f"{name}/mean": float(values.mean()),
+        f"{name}/max": float(values.max()),
+        f"{name}/min": float(values.min()),
+    }
 
 
 def _share_without_variance(groups: Sequence[Group]) -> float:
-    flat = [len({sample.reward.score for sample in group.samples if sample.reward}) == 1 for group in groups if len(group.samples) > 1]
+    flat = [
+        len({sample.reward.score for sample in group.samples if sample.reward}) == 1
+        for group in groups
+        if len(group.samples) > 1
+    ]
     return sum(flat) / len(flat) if flat else 0.0

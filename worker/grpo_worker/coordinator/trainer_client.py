@@ -52,7 +52,9 @@ class TrainerClient:
         while not (alive := self._members.alive("trainer")):
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
-                raise TrainerLost(f"no trainer was ready within {timeout_seconds:.0f} s (failurePolicy.startupTimeoutSeconds). See trainer.log.")
+                raise TrainerLost(
+                    f"no trainer was ready within {timeout_seconds:.0f} s (failurePolicy.startupTimeoutSeconds). See trainer.log."
+                )
             await self._members.wait(min(left, 1.0))
         self._member = alive[0]
 
@@ -82,15 +84,21 @@ class TrainerClient:
                     raise TrainerLost(f"the trainer restarted or fell silent during {name}. See trainer.log.")
             answer = post.result()
         except TimeoutError:
-            raise TrainerLost(f"the trainer did not finish {name} within {timeout_seconds:.0f} s (network.requestTimeoutSeconds).") from None
+            raise TrainerLost(
+                f"the trainer did not finish {name} within {timeout_seconds:.0f} s (network.requestTimeoutSeconds)."
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise TrainerLost(f"the trainer at {member.url} died during {name}: {error or type(error).__name__}. See trainer.log.") from error
+            raise TrainerLost(
+                f"the trainer at {member.url} died during {name}: {error or type(error).__name__}. See trainer.log."
+            ) from error
         finally:
             post.cancel()
         if isinstance(answer, RemoteError):
             raise TrainerFailed(answer)
         if not isinstance(answer, reply):
-            raise TrainerLost(f"the trainer answered {name} with {type(answer).__name__}: not the same version of this program?")
+            raise TrainerLost(
+                f"the trainer answered {name} with {type(answer).__name__}: not the same version of this program?"
+            )
         return answer
 
     async def _post(self, member: Member, request: Any, timeout_seconds: float) -> Any:
@@ -100,5 +108,7 @@ class TrainerClient:
         ) as response:
             body = await response.read()
             if response.status >= 400:
-                raise aiohttp.ClientResponseError(response.request_info, (), status=response.status, message=body[:500].decode(errors="replace"))
+                raise aiohttp.ClientResponseError(
+                    response.request_info, (), status=response.status, message=body[:500].decode(errors="replace")
+                )
             return codec.decode(body, TrainerReply)

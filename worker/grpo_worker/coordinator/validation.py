@@ -33,7 +33,16 @@ class ValidationResult:
 class Validation:
     """Runs the validation prompts through the engines in service."""
 
-    def __init__(self, prompts: list[Prompt], options: DispatchOptions, samples: int, temperature: float, top_p: float, *, atomic: bool) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        options: DispatchOptions,
+        samples: int,
+        temperature: float,
+        top_p: float,
+        *,
+        atomic: bool,
+    ) -> None:
         """
         Args:
             options: of the training requests; sampling, seed and purpose are replaced.
@@ -62,7 +71,9 @@ class Validation:
             per_prompt = [_mean(group) for group in groups if group.samples]
             if not per_prompt:
                 failure = scorer.counts.last_message or next((group.failure for group in groups), "")
-                raise DataError(f"validation: none of {len(groups)} prompts could be answered and scored. The last failure: {failure}")
+                raise DataError(
+                    f"validation: none of {len(groups)} prompts could be answered and scored. The last failure: {failure}"
+                )
             name = "pass@1" if options.sampling.n == 1 else f"mean@{options.sampling.n}"
             accuracies, scores = zip(*per_prompt, strict=True)
             metrics[f"val/accuracy/{name}"] = sum(accuracies) / len(accuracies)
@@ -85,7 +96,12 @@ class Validation:
 def replace_sampling(sampling: Sampling, *, n: int, temperature: float, top_p: float) -> Sampling:
     """The same limits and stop tokens with another distribution; temperature 0 is greedy."""
     return Sampling(
-        n=n, max_tokens=sampling.max_tokens, temperature=temperature, top_p=top_p, top_k=-1, stop_token_ids=sampling.stop_token_ids
+        n=n,
+        max_tokens=sampling.max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=-1,
+        stop_token_ids=sampling.stop_token_ids,
     )
 
 

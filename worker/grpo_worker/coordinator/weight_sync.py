@@ -61,7 +61,13 @@ class WeightSync:
     """Publishes versions, applies them to engines, and brings engines that join into service."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, members: Members, trainer: TrainerClient, token: str, timeout_seconds: float, emit: Emit
+        self,
+        session: aiohttp.ClientSession,
+        members: Members,
+        trainer: TrainerClient,
+        token: str,
+        timeout_seconds: float,
+        emit: Emit,
     ) -> None:
         self._session = session
         self._members = members
@@ -72,6 +78,7 @@ class WeightSync:
         self._source: StoreSource | None = None
         self._applied: dict[str, tuple[str, int]] = {}  # member name -> (instance, version), as read back
         self._busy: dict[str, asyncio.Lock] = {}
+        self._publishing = False
 
     @property
     def version(self) -> int | None:
@@ -80,7 +87,9 @@ class WeightSync:
 
     def in_service(self) -> list[Member]:
         """Engines that serve the current version (read back), alive, by name."""
-        return [m for m in self._members.alive("rollout") if self._applied.get(m.name) == (m.beat.instance, self.version)]
+        return [
+            m for m in self._members.alive("rollout") if self._applied.get(m.name) == (m.beat.instance, self.version)
+        ]
 
     def served_version(self, name: str) -> int | None:
         applied = self._applied.get(name)
@@ -92,12 +101,16 @@ class WeightSync:
         Raises PeerLostError when there were engines and none took the version in time.
         """
         started = time.monotonic()
-        reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
-        self._source = reply.store
-        report = SyncReport(version, reply.seconds)
-        engines = self._members.alive("rollout")
-        results = await asyncio.gather(*(self._apply(member) for member in engines), return_exceptions=True)
-        for member, result in zip(engines, results, strict=True):
+        self._publishing = True  # `join_forever` leaves the engines to us
+        try:
+            reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
+            self._source = reply.store
+            report = SyncReport(version, reply.seconds)
+            engines = self._members.alive("rollout")
+            results = await asyncio.gather(*(self._apply(member) for member in engines), return_exceptions=True)
+        finally:
+            self._publishing = False
+        for result in results:
             if isinstance(result, ApplyWeightsReply):
                 report.replies.append(result)
             elif isinstance(result, PeerLostError):
@@ -111,7 +124,7 @@ class WeightSync:
     async def join_forever(self) -> None:
         """Bring engines that are alive but not in service in; runs beside the training loop."""
         while True:
-            if self._source is not None:
+            if self._source is not None and not self._publishing:
                 waiting = [m for m in self._members.alive("rollout") if m not in self.in_service()]
                 for result in await asyncio.gather(*(self._join(member) for member in waiting), return_exceptions=True):
                     if isinstance(result, BaseException) and not isinstance(result, PeerLostError):
@@ -124,7 +137,11 @@ class WeightSync:
         while len(serving := self.in_service()) < count:
             left = deadline - time.monotonic()
             if left <= 0:
-                known = ", ".join(f"{m.name} ({m.beat.state}, silent {self._members.silent_for(m):.0f} s)" for m in self._members.all() if m.beat.role == "rollout")
+                known = ", ".join(
+                    f"{m.name} ({m.beat.state}, silent {self._members.silent_for(m):.0f} s)"
+                    for m in self._members.all()
+                    if m.beat.role == "rollout"
+                )
                 raise PeerLostError(
                     f"{len(serving)} of {count} rollout servers serve weights of version {self.version} after {timeout_seconds:.0f} s "
                     f"(known: {known or 'none'}). See their logs; failurePolicy.startupTimeoutSeconds is the limit."
@@ -148,7 +165,13 @@ class WeightSync:
         async with self._busy.setdefault(member.name, asyncio.Lock()):
             if self._applied.get(member.name) == (member.beat.instance, source.version) and source is self._source:
                 return ApplyWeightsReply(
-                    version=source.version, digest=source.digest, bytes=0, pull_seconds=0.0, apply_seconds=0.0, pause_seconds=0.0, total_seconds=0.0
+                    version=source.version,
+                    digest=source.digest,
+                    bytes=0,
+                    pull_seconds=0.0,
+                    apply_seconds=0.0,
+                    pause_seconds=0.0,
+                    total_seconds=0.0,
                 )
             self._applied.pop(member.name, None)
             request = ApplyWeightsRequest(version=source.version, store=source, timeout_seconds=self._timeout_seconds)
@@ -175,7 +198,11 @@ class WeightSync:
             ) from error
         try:
             if response.status >= 400:
-                raise PeerLostError(f"{member.name} refused version {request.version}: {codec.decode(body, ErrorReply).message}")
+                raise PeerLostError(
+                    f"{member.name} refused version {request.version}: {codec.decode(body, ErrorReply).message}"
+                )
             return codec.decode(body, ApplyWeightsReply)
         except msgspec.DecodeError as error:
-            raise PeerLostError(f"{member.name} answered the sync with something else (status {response.status})") from error
+            raise PeerLostError(
+                f"{member.name} answered the sync with something else (status {response.status})"
+            ) from error

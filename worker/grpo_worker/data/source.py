@@ -4,8 +4,8 @@ Invariant: a source's blocks, their order and their rows never change while a jo
 ever and a cursor means the same place after a restart.
 """
 
-import difflib
-import importlib
+
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from grpo_worker.data.options import DataOptions
 from grpo_worker.data.reader import RawRow, RowGroup, RowGroupIndex, open_reader
 from grpo_worker.data.schema import check_files
 from grpo_worker.errors import DataError
+from grpo_worker.functions import load_function
 
 LARGE_ROW_GROUP_BYTES = 256 << 20
 
@@ -110,31 +111,6 @@ class FunctionSource:
         prompt, response, reward = self._keys
         data = {key: value for key, value in row.items() if key not in self._keys}
         return RawRow(row[prompt], row.get(response), row[reward], data)
-
-
-def load_function(spec: str, field: str) -> Callable[..., Any]:
-    """The function that `module:function` names, or a DataError that says which part of the name is wrong."""
-    module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name):
-        raise DataError(f"{field}: {spec!r} does not name a function. Write it as module:function.")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise DataError(f"{field}: {module_name} imports {error.name}, which is not installed.") from error
-        raise DataError(
-            f"{field}: there is no module {module_name!r}. Install it, or add its directory to PYTHONPATH."
-        ) from error
-    except Exception as error:  # the module is the user's program
-        raise DataError(f"{field}: importing {module_name} raised {type(error).__name__}: {error}.") from error
-    function = getattr(module, name, None)
-    if function is None:
-        near = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f" Did you mean {module_name}:{near[0]}?" if near else ""
-        raise DataError(f"{field}: module {module_name} has no {name!r}.{hint}")
-    if not callable(function):
-        raise DataError(f"{field}: {spec} is a {type(function).__name__}, not a function.")
-    return function  # type: ignore[no-any-return]
 
 
 def _call(function: Callable[..., Any], label: str, kwargs: dict[str, Any]) -> list[Mapping[str, Any]]:

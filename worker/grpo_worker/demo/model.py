@@ -1,4 +1,4 @@
-"""A Qwen3 of about half a million parameters: the architecture of the real thing, at a size that two CPU cores train.
+"""A Qwen3 of 400 thousand parameters: the architecture of the real thing, at a size that two CPU cores train.
 
 Invariant: the weights are a function of the seed alone.
 """
@@ -21,7 +21,7 @@ def build_model(seed: int) -> "Qwen3ForCausalLM":
         vocab_size=len(VOCABULARY),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -35,6 +35,6 @@ def build_model(seed: int) -> "Qwen3ForCausalLM":
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).to(torch.float32)
+        model = Qwen3ForCausalLM(config).float()
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     return model.eval()

@@ -29,7 +29,7 @@ from grpo_worker.errors import ConfigError, DataError, GRPOError
 TRAIN_PROBLEMS = 1280
 HELD_OUT_PROBLEMS = 256
 # Greedy held-out accuracy after the warm-up: enough right answers to learn from, and far to go.
-ACCURACY_WINDOW = (0.15, 0.5)
+ACCURACY_WINDOW = (0.2, 0.55)
 STAMP_FILE = "demo.json"
 DEFAULT_DIRECTORY = Path("demo")
 DEFAULT_SEED = 1
@@ -109,7 +109,9 @@ def _make_model(
     started = time.monotonic()
     loss = warm_up(model, tokenizer, held_out, seed, recipe)
     start_accuracy = accuracy(held_out, greedy_responses(model, tokenizer, held_out))
-    report(f"done in {time.monotonic() - started:.0f} s: loss {loss:.3f}, greedy held-out accuracy {start_accuracy:.3f}")
+    report(
+        f"done in {time.monotonic() - started:.0f} s: loss {loss:.3f}, greedy held-out accuracy {start_accuracy:.3f}"
+    )
     low, high = accuracy_window
     if not low <= start_accuracy <= high:
         raise DataError(
@@ -153,7 +155,9 @@ def _read_stamp(directory: Path) -> dict[str, Any] | None:
 def _files_fit(directory: Path, files: object) -> bool:
     if not isinstance(files, dict) or not files:
         return False
-    return all((directory / path).is_file() and checksum_file(directory / path) == saved for path, saved in files.items())
+    return all(
+        (directory / path).is_file() and checksum_file(directory / path) == saved for path, saved in files.items()
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

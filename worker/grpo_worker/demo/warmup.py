@@ -10,9 +10,9 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from grpo_worker.demo.tasks import FIRST, LAST, MARKER, MAX_RESPONSE_TOKENS, Problem, worked_response
+from grpo_worker.demo.tasks import MARKER, RESPONSE_TOKENS, Problem, random_problem, worked_response
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ class Recipe:
 
     steps: int = 600
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup_steps: int = 20
     weight_decay: float = 0.01
     clip_grad: float = 1.0
@@ -76,11 +76,11 @@ def greedy_responses(
 
     prompts = torch.tensor([tokenizer(problem.prompt)["input_ids"] for problem in problems])
     with torch.no_grad():
-        output = model.generate(
+        output = cast(Any, model).generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=False,
-            max_new_tokens=MAX_RESPONSE_TOKENS,
+            max_new_tokens=RESPONSE_TOKENS,
         )
     responses = tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
     return [str(response) for response in responses]
@@ -105,7 +105,7 @@ def _schedule(step: int, recipe: Recipe) -> float:
 
 def _problem(rng: random.Random, excluded: Collection[Problem]) -> Problem:
     while True:
-        problem = Problem(rng.randint(FIRST, LAST), rng.randint(FIRST, LAST))
+        problem = random_problem(rng)
         if problem not in excluded:
             return problem
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_worker.entrypoint import PARENT_VARIABLE, TERMINATION_VARIABLE
+from grpo_worker.environment import PARENT_PID, TERMINATION_LOG
 
 TAIL_LINES = 12
 
@@ -41,15 +41,20 @@ class Child:
         environment = {
             **os.environ,
             **spec.environment,
-            TERMINATION_VARIABLE: str(spec.termination),
-            PARENT_VARIABLE: str(os.getpid()),
+            TERMINATION_LOG: str(spec.termination),
+            PARENT_PID: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
         command = [sys.executable, "-m", "grpo_worker.entrypoint", spec.role, "--job", str(spec.job_file)]
         with spec.log.open("ab") as log:
             # A session of its own: the terminal's Ctrl-C reaches the supervisor alone.
             self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     @property
@@ -85,7 +90,11 @@ class Child:
             return str(word["reason"]), str(word["message"])
         except (OSError, ValueError, KeyError, TypeError):
             code = self.code
-            what = f"was killed by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with exit code {code}"
+            what = (
+                f"was killed by signal {signal.Signals(-code).name}"
+                if code is not None and code < 0
+                else f"ended with exit code {code}"
+            )
             return "Died", f"{what}\n{self._tail()}".rstrip()
 
     def _signal(self, number: signal.Signals) -> None:

@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass
 
 from grpo_worker.config import Spec
+from grpo_worker.environment import REPLICA_INDEX
 from grpo_worker.errors import ConfigError
 
 
@@ -56,7 +57,7 @@ def place(spec: Spec, machine: Machine) -> list[Process]:
     for index in range(engines):
         first = ranks + index * spec.rollout.tensor_parallel_size
         visible = _visible(gpus, range(first, first + spec.rollout.tensor_parallel_size))
-        processes.append(Process(f"rollout-{index}", "rollout", {**threads, **visible, "GRPO_REPLICA_INDEX": str(index)}))
+        processes.append(Process(f"rollout-{index}", "rollout", {**threads, **visible, REPLICA_INDEX: str(index)}))
     return processes
 
 

@@ -72,5 +72,8 @@ def decide(ended: Mapping[str, int]) -> Decision:
         name, code = next(iter(ended.items()))
         return Decision(Action.RESTART_ROLLOUT, name, counted=code != ExitCode.RETRY)
     # A coordinator that lost its trainer (or the other way round) ends with RETRY: the other one's code tells why.
-    culprit = next((name for name, code in state_holders.items() if code not in (ExitCode.RETRY, ExitCode.DONE)), next(iter(state_holders)))
+    culprit = next(
+        (name for name, code in state_holders.items() if code not in (ExitCode.RETRY, ExitCode.DONE)),
+        next(iter(state_holders)),
+    )
     return Decision(Action.RESTART_SET, culprit, counted=state_holders[culprit] != ExitCode.RETRY)

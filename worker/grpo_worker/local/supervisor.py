@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 
 from grpo_worker.config import GRPOJob, resolved_document
+from grpo_worker.environment import COORDINATOR_PORT, COORDINATOR_URL, JOB_TOKEN, MEMBER_NAME, RUN_DIRECTORY
 from grpo_worker.errors import (
+    CheckpointDamagedError,
     ConfigError,
     DataError,
-    CheckpointDamagedError,
     DeviceError,
     ExitCode,
     GRPOError,
@@ -36,8 +37,8 @@ from grpo_worker.local.placement import Machine, Process, free_port, place, requ
 from grpo_worker.local.policy import Action, Budget, Decision, decide
 from grpo_worker.local.view import View
 from grpo_worker.metric_loggers import EventLog, read_events
-from grpo_worker.protocol.auth import TOKEN_VARIABLE, authorization
-from grpo_worker.run_directory import VARIABLE, RunDirectory
+from grpo_worker.protocol.auth import authorization
+from grpo_worker.run_directory import RunDirectory
 
 POLL_SECONDS = 0.25
 STATUS_TIMEOUT_SECONDS = 2.0
@@ -89,7 +90,11 @@ class Supervisor:
 
     def _prepare(self) -> None:
         network, root = self._spec.network, self._directory.root.resolve()
-        for port, field in ((network.coordinator_port, "coordinatorPort"), (network.trainer_port, "trainerPort"), (network.weight_sync_port, "weightSyncPort")):
+        for port, field in (
+            (network.coordinator_port, "coordinatorPort"),
+            (network.trainer_port, "trainerPort"),
+            (network.weight_sync_port, "weightSyncPort"),
+        ):
             if port:
                 require_free(port, field)
         for index in range(self._spec.rollout.replicas if network.rollout_port else 0):
@@ -99,15 +104,17 @@ class Supervisor:
         self._directory.job.write_text(yaml.safe_dump(resolved_document(self._job), sort_keys=False))
         self._common = {
             **{variable.name: variable.value for variable in self._spec.runtime.env},
-            VARIABLE: str(root),
-            TOKEN_VARIABLE: self._token,
-            "GRPO_COORDINATOR_URL": self._url,
-            "GRPO_COORDINATOR_PORT": str(port),
+            RUN_DIRECTORY: str(root),
+            JOB_TOKEN: self._token,
+            COORDINATOR_URL: self._url,
+            COORDINATOR_PORT: str(port),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(network.rendezvous_port or free_port()),
         }
         self._processes = {process.name: process for process in place(self._spec, Machine.here())}
-        self._directory.run_file.write_text(json.dumps({"name": self._job.name, "url": self._url, "pid": os.getpid(), "started": time.time()}))
+        self._directory.run_file.write_text(
+            json.dumps({"name": self._job.name, "url": self._url, "pid": os.getpid(), "started": time.time()})
+        )
         self._directory.run_file.chmod(0o600)
 
     def _exclusive(self) -> Any:
@@ -135,9 +142,14 @@ class Supervisor:
 
     def _child_spec(self, process: Process) -> ChildSpec:
         logs = self._directory.logs
-        environment = {**self._common, **process.environment, "GRPO_MEMBER_NAME": process.name}
+        environment = {**self._common, **process.environment, MEMBER_NAME: process.name}
         return ChildSpec(
-            process.name, process.role, self._directory.job, logs / f"{process.name}.log", logs / f".{process.name}.termination", environment
+            process.name,
+            process.role,
+            self._directory.job,
+            logs / f"{process.name}.log",
+            logs / f".{process.name}.termination",
+            environment,
         )
 
     def _look(self) -> None:
@@ -178,7 +190,11 @@ class Supervisor:
     def _ended_codes(self) -> dict[str, int]:
         """Exit codes by name. A worker that ended with 0 was told to: the coordinator's own end follows and decides."""
         codes = {name: child.code for name, child in self._children.items()}
-        return {name: code for name, code in codes.items() if code is not None and (code != ExitCode.DONE or name == "coordinator")}
+        return {
+            name: code
+            for name, code in codes.items()
+            if code is not None and (code != ExitCode.DONE or name == "coordinator")
+        }
 
     def _act(self, decision: Decision) -> None:
         if decision.action not in (Action.RESTART_ROLLOUT, Action.RESTART_SET):
@@ -189,11 +205,18 @@ class Supervisor:
         budget = self._budgets[scope]
         wait = budget.charge(decision)
         if wait is None or self._interrupts or self._timed_out:
-            raise self._failure(decision.culprit, f"after {self._spec.failure_policy.max_restarts} restarts without progress" if wait is None else "while stopping")
+            raise self._failure(
+                decision.culprit,
+                f"after {self._spec.failure_policy.max_restarts} restarts without progress"
+                if wait is None
+                else "while stopping",
+            )
         names = [decision.culprit] if scope == "rollout" else list(self._set())
         self._events.emit(
-            "warning", reason, f"{decision.culprit} ended ({_code_text(culprit.code)}): {message.splitlines()[0] if message else reason}. "
-            f"Restarting {' and '.join(names)} in {wait:.0f} s"
+            "warning",
+            reason,
+            f"{decision.culprit} ended ({_code_text(culprit.code)}): {message.splitlines()[0] if message else reason}. "
+            f"Restarting {' and '.join(names)} in {wait:.0f} s",
         )
         for name in names:
             self._stop_child(self._children.pop(name))
@@ -208,14 +231,18 @@ class Supervisor:
         if decision.action is Action.FAIL:
             raise self._failure(decision.culprit, "")
         if self._timed_out:
-            raise ConfigError(f"activeDeadlineSeconds: the job ran longer than {self._spec.active_deadline_seconds} s. Its state is saved.")
+            raise ConfigError(
+                f"activeDeadlineSeconds: the job ran longer than {self._spec.active_deadline_seconds} s. Its state is saved."
+            )
         if decision.action is Action.YIELD:
             raise YieldedError(self._children["coordinator"].last_word()[1])
 
     def _failure(self, name: str, suffix: str) -> GRPOError:
         child = self._children[name]
         reason, message = child.last_word()
-        error = _ERRORS.get(child.code or 0, RetryableError)(f"{name} failed{' ' + suffix if suffix else ''}: {message}\nIts log: {child.spec.log}")
+        error = _ERRORS.get(child.code or 0, RetryableError)(
+            f"{name} failed{' ' + suffix if suffix else ''}: {message}\nIts log: {child.spec.log}"
+        )
         error.reason = reason
         return error
 
@@ -223,16 +250,26 @@ class Supervisor:
         deadline = self._spec.active_deadline_seconds
         if deadline is not None and not self._timed_out and time.monotonic() - started > deadline:
             self._timed_out = True
-            self._events.emit("error", "DeadlineExceeded", f"activeDeadlineSeconds: {deadline} s are over; saving and stopping")
+            self._events.emit(
+                "error", "DeadlineExceeded", f"activeDeadlineSeconds: {deadline} s are over; saving and stopping"
+            )
             self._stop_job()
         if self._stop_deadline is not None and time.monotonic() > self._stop_deadline:
-            raise StalledError(f"the coordinator did not save and stop within {SAVE_GRACE_SECONDS:.0f} s. See {self._directory.logs}/coordinator.log")
+            raise StalledError(
+                f"the coordinator did not save and stop within {SAVE_GRACE_SECONDS:.0f} s. See {self._directory.logs}/coordinator.log"
+            )
         limit = self._spec.failure_policy.stall_timeout_seconds
-        if time.monotonic() - self._last_progress > limit + self._spec.failure_policy.startup_timeout_seconds * (self._best_step < 0):
+        if time.monotonic() - self._last_progress > limit + self._spec.failure_policy.startup_timeout_seconds * (
+            self._best_step < 0
+        ):
             decision = Decision(Action.RESTART_SET, "coordinator")
             if self._budgets["set"].charge(decision) is None:
-                raise StalledError(f"no step was finished within {limit:.0f} s (failurePolicy.stallTimeoutSeconds), also after restarts.")
-            self._events.emit("warning", "Stalled", f"no step was finished within {limit:.0f} s; restarting coordinator and trainer")
+                raise StalledError(
+                    f"no step was finished within {limit:.0f} s (failurePolicy.stallTimeoutSeconds), also after restarts."
+                )
+            self._events.emit(
+                "warning", "Stalled", f"no step was finished within {limit:.0f} s; restarting coordinator and trainer"
+            )
             for name in list(self._set()):
                 self._stop_child(self._children.pop(name))
                 self._due[name] = time.monotonic()
@@ -241,7 +278,9 @@ class Supervisor:
     def _interrupted(self, number: int, frame: object) -> None:
         self._interrupts += 1
         if self._interrupts == 1:
-            self._events.emit("info", "Stopping", "stopping after this step, and saving; press Ctrl-C again to stop at once")
+            self._events.emit(
+                "info", "Stopping", "stopping after this step, and saving; press Ctrl-C again to stop at once"
+            )
             self._stop_job()
         else:
             raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -27,6 +27,15 @@ LAST_EVENTS = 6
 REFRESHES_PER_SECOND = 4
 NARROW_COLUMNS = 80
 _STATE_STYLES = {"Succeeded": "bold green", "Failed": "bold red", "Stopping": "bold yellow", "Starting": "bold yellow"}
+# What each layout shows: blank lines, reward curve, members, step time, events. The first that fits is taken.
+_LAYOUTS = (
+    (True, True, True, True, LAST_EVENTS),
+    (False, True, True, True, LAST_EVENTS),
+    (False, True, True, True, 3),
+    (False, True, False, True, 3),
+    (False, False, False, False, 3),
+    (False, False, False, False, 1),
+)
 _LEVEL_STYLES = {"warning": "yellow", "error": "bold red"}
 
 Status = Mapping[str, Any]
@@ -164,28 +173,40 @@ class _RunPanel:
         self._now = now
         self._answering = answering
 
-    def __rich_console__(self, console: Console, options: Any) -> Any:
-        width = options.max_width
-        numbers, timing = self._numbers(), self._timing(20 if width >= NARROW_COLUMNS else 12)
-        if width >= NARROW_COLUMNS:
-            body: RenderableType = Table.grid(expand=True, padding=(0, 2))
-            assert isinstance(body, Table)
-            body.add_column(ratio=1)
-            body.add_column(ratio=1)
-            body.add_row(numbers, timing)
-        else:
-            body = Group(numbers, Text(), timing)
-        parts: list[RenderableType] = [self._progress(), Text(), body]
-        if self._rewards:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The fullest layout that fits the terminal's height: what has gone wrong (events) stays longest."""
+        for spaced, curve, members, timing, events in _LAYOUTS:
+            panel = Panel(
+                self._body(options.max_width, spaced, curve, members, timing, events),
+                title=self._title(), title_align="left", box=box.ROUNDED, border_style="dim",
+            )  # fmt: skip
+            if not console.is_terminal or len(console.render_lines(panel, options)) <= console.height:
+                break
+        yield panel
+
+    def _body(self, width: int, spaced: bool, curve: bool, members: bool, timing: bool, events: int) -> Group:
+        sections: list[list[RenderableType]] = [[self._progress()], [self._numbers()]]
+        if timing and width >= NARROW_COLUMNS:
+            both = Table.grid(expand=True, padding=(0, 2))
+            both.add_column(ratio=1)
+            both.add_column(ratio=1)
+            both.add_row(self._numbers(), self._timing(20))
+            sections[1] = [both]
+        elif timing:
+            sections.append([self._timing(12)])
+        if curve and self._rewards:
             line = Text(no_wrap=True, overflow="crop")
             line.append("reward  ", style="dim")
             line.append(sparkline(self._rewards, max(8, width - 14)), style="cyan")
-            parts += [Text(), line]
-        if members := self._members(width):
-            parts += [Text(), members]
+            sections.append([line])
+        if members and (table := self._members(width)):
+            sections.append([table])
         if self._events:
-            parts += [Text(), *(self._event(event) for event in self._events)]
-        yield Panel(Group(*parts), title=self._title(), title_align="left", box=box.ROUNDED, border_style="dim")
+            sections.append([self._event(event) for event in self._events[-events:]])
+        parts = sections[0]
+        for section in sections[1:]:
+            parts += [Text(), *section] if spaced else section
+        return Group(*parts)
 
     def _title(self) -> Text:
         state = str(self._status.get("state") or "Starting")
@@ -204,7 +225,7 @@ class _RunPanel:
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
         head.add_row(
-            f"step {DASH if step is None else step}/{DASH if not total else total}",
+            f"step {DASH if step is None else step}/{total or DASH}",
             ProgressBar(total=max(1, total or 1), completed=min(step or 0, total or 0)),
             self._remaining(),
         )

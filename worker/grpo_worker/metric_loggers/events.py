@@ -27,11 +27,12 @@ class Event(TypedDict):
 
 
 class EventLog:
-    """Appends the events of one process."""
+    """Appends the events of one process. `echo=False` writes to the file alone: whoever shows the file shows them."""
 
-    def __init__(self, path: Path, role: str) -> None:
+    def __init__(self, path: Path, role: str, *, echo: bool = True) -> None:
         self.path = path
         self.role = role
+        self._echo = echo
         self._failing = False
 
     def emit(self, level: Level, reason: str, message: str) -> None:
@@ -41,7 +42,8 @@ class EventLog:
         now = time.time()
         prefix = "" if level == "info" else f"{level}: "
         clock = time.strftime("%H:%M:%S", time.localtime(now))
-        _to_stderr(f"{clock} {self.role}: {prefix}{message}")
+        if self._echo:
+            _to_stderr(f"{clock} {self.role}: {prefix}{message}")
         event = Event(time=round(now, 3), role=self.role, level=level, reason=reason, message=message)
         # A write that failed may have left half a line: the line break in front keeps the next event whole.
         line = ("\n" if self._failing else "") + json.dumps(event, ensure_ascii=False) + "\n"

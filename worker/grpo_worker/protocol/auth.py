@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-TOKEN_VARIABLE = "GRPO_JOB_TOKEN"
+from grpo_worker.environment import JOB_TOKEN
+
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -17,7 +18,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def job_token() -> str:
     """The token of this process's job ('' when it was started by hand without one: then no port is guarded)."""
-    return os.environ.get(TOKEN_VARIABLE, "")
+    return os.environ.get(JOB_TOKEN, "")
 
 
 def authorization(token: str) -> dict[str, str]:
@@ -35,7 +36,9 @@ def middleware(token: str) -> Callable[[web.Request, Handler], Awaitable[web.Str
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in OPEN_PATHS and not allowed(request.headers.get("Authorization", ""), token):
-            return web.json_response({"reason": "Unauthorized", "message": "the job's token is missing or wrong"}, status=401)
+            return web.json_response(
+                {"reason": "Unauthorized", "message": "the job's token is missing or wrong"}, status=401
+            )
         return await handler(request)
 
     return check

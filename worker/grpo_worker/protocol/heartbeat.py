@@ -1,7 +1,7 @@
 """How a worker stays a member: it tells the coordinator that it lives, and learns what is expected of it.
 
-Invariant: a coordinator that does not answer is never an error here (it may be restarting); how long it has been silent is
-known at any time, and the worker decides what that means.
+Invariant: a coordinator that does not answer is never an error here (it may be restarting); how long it has been
+silent is known at any time, and the worker decides what that means.
 """
 
 import asyncio

@@ -251,6 +251,4 @@ class RemoteError(msgspec.Struct, frozen=True, kw_only=True, tag="error"):
 TrainerRequest = (
     LogProbsRequest | UpdateRequest | PublishRequest | SaveRequest | SaveStatusRequest | LoadRequest | StopRequest
 )
-TrainerReply = (
-    LogProbsReply | UpdateReply | PublishReply | SaveReply | SaveStatusReply | LoadReply | Done | RemoteError
-)
+TrainerReply = LogProbsReply | UpdateReply | PublishReply | SaveReply | SaveStatusReply | LoadReply | Done | RemoteError

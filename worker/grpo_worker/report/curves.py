@@ -116,11 +116,11 @@ def accuracy_points(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred moving average over `window` points; at the ends over what is there."""
-    half = window // 2
+    """Centred moving average over `window` points; towards the ends over as many as there are on both sides."""
     result = []
     for i, (step, _) in enumerate(points):
-        near = [value for _, value in points[max(0, i - half) : i + half + 1]]
+        half = min(window // 2, i, len(points) - 1 - i)
+        near = [value for _, value in points[i - half : i + half + 1]]
         result.append((step, sum(near) / len(near)))
     return result
 

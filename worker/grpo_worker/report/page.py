@@ -93,7 +93,7 @@ def _samples(run: RunData) -> str:
     return (
         f'<h2>Sample completions</h2><p class="note">The first {len(run.samples)} {run.sample_kind} prompts that were kept, '
         "in the order of the file; not chosen by score.</p>"
-        f'<div class="panel"><table><thead><tr><th>Prompt</th><th>Ground truth</th><th>{before}</th><th>{after}</th></tr>'
+        f'<div class="panel samples"><table><thead><tr><th>Prompt</th><th>Ground truth</th><th>{before}</th><th>{after}</th></tr>'
         f"</thead><tbody>{rows}</tbody></table></div>"
     )
 

@@ -68,7 +68,8 @@ th{text-align:left;color:var(--soft);font-weight:600;font-size:13px;white-space:
 th,td{padding:9px 13px;vertical-align:top;border-bottom:1px solid var(--line)}
 tr:last-child td{border-bottom:0}
 .text{font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}
-td.text{min-width:150px}td.truth{min-width:70px}
+.samples table{table-layout:fixed;min-width:720px}
+.samples th:nth-child(1){width:27%}.samples th:nth-child(2){width:13%}
 .score{margin-bottom:5px;font-size:13px;font-family:system-ui,sans-serif}
 .warning{color:var(--warn);background:var(--warnbg)}.error{color:var(--bad);background:var(--badbg)}
 .info{color:var(--soft);background:var(--grid)}

@@ -16,14 +16,17 @@ NARROW, WIDE, HEIGHT = 400, 840, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 MAX_POINTS = 400
 MAX_BARS = 60
+MAX_DOTS = 60
 MAX_TOOLTIPS = 100
 
 
 def chart_svg(chart: Chart) -> str:
     """Draw a chart."""
     width = WIDE if chart.kind == "stack" else NARROW
-    series = [_bounded(line, MAX_BARS if chart.kind == "stack" else MAX_POINTS) for line in chart.series]
-    body = _bars(series, chart.digits) if chart.kind == "stack" else _lines(series, chart)
+    if chart.kind == "stack":
+        body = _bars([_bounded_bars(line) for line in chart.series], chart.digits)
+    else:
+        body = _lines([bounded_line(line) for line in chart.series], chart)
     return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(chart.title)} by step">{body}</svg>'
 
 
@@ -78,7 +81,7 @@ def _lines(series: Sequence[Series], chart: Chart) -> str:
         faint = " faint" if line.faint else ""
         if len(line.points) > 1:
             parts.append(f'<polyline class="line c{line.color}{faint}" points="{path}"/>')
-        if line.dots or len(line.points) == 1:
+        if (line.dots and len(line.points) <= MAX_DOTS) or len(line.points) == 1:
             parts += [
                 f'<circle class="dot c{line.color}" cx="{frame.x(step):.1f}" cy="{frame.y(value):.1f}" r="3"/>'
                 for step, value in line.points
@@ -143,14 +146,27 @@ def _tooltips(frame: _Frame, line: Series, digits: int) -> str:
     )
 
 
-def _bounded(line: Series, limit: int) -> Series:
-    """At most `limit` points, each the mean of its share."""
-    count = len(line.points)
-    if count <= limit:
+def bounded_line(line: Series) -> Series:
+    """At most MAX_POINTS points: the lowest and the highest of each share, so that no spike is lost."""
+    if len(line.points) <= MAX_POINTS:
         return line
-    edges = [i * count // limit for i in range(limit + 1)]
     points: list[Point] = []
-    for a, b in itertools.pairwise(edges):
-        share = line.points[a:b]
-        points.append((share[len(share) // 2][0], sum(value for _, value in share) / len(share)))
+    for share in _shares(line.points, MAX_POINTS // 2):
+        points += sorted({min(share, key=lambda point: point[1]), max(share, key=lambda point: point[1])})
     return Series(line.label, points, line.color, line.faint, line.dots)
+
+
+def _bounded_bars(line: Series) -> Series:
+    """At most MAX_BARS points, each the mean of its share: bars on top of each other keep their sum."""
+    if len(line.points) <= MAX_BARS:
+        return line
+    points = [
+        (share[len(share) // 2][0], sum(value for _, value in share) / len(share))
+        for share in _shares(line.points, MAX_BARS)
+    ]
+    return Series(line.label, points, line.color, line.faint, line.dots)
+
+
+def _shares(points: Sequence[Point], count: int) -> list[Sequence[Point]]:
+    edges = [i * len(points) // count for i in range(count + 1)]
+    return [points[a:b] for a, b in itertools.pairwise(edges)]

@@ -1,9 +1,9 @@
 """Scores samples in killable worker processes: asyncio in front, a time limit on each call behind.
 
-Invariant: each sample given to the pool ends as exactly one RewardOutcome, a result or a failure with its kind, and at
-most one more call is made for it (a crash is tried once more, first of all on a fresh worker: the same sample crashing
-twice is no accident). A worker that hangs or dies takes one sample with it; the others it had been sent go back to the head
-of the queue. The event loop never waits.
+Invariant: each sample given to the pool ends as exactly one RewardOutcome, a result or a failure with its kind, and
+at most one more call is made for it (a crash is tried once more, first of all on a fresh worker: the same sample
+crashing twice is no accident). A worker that hangs or dies takes one sample with it; the others it had been sent go
+back to the head of the queue. The event loop never waits.
 """
 
 import asyncio

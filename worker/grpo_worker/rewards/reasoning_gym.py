@@ -16,7 +16,6 @@ from reasoning_gym.utils import extract_answer
 
 from grpo_worker.rewards.base import RewardInput, RewardResult
 
-
 # These compare the answer's grid of tuples to `metadata["output"]`, which JSON has turned into lists.
 _TUPLE_GRIDS = ("arc_agi", "rearc")
 

@@ -16,8 +16,9 @@ import time
 from typing import BinaryIO
 
 from grpo_worker.errors import GRPOError
+from grpo_worker.functions import traceback_tail
 from grpo_worker.rewards.base import InvalidRewardError, RewardFunction, RewardInput
-from grpo_worker.rewards.lookup import resolve, traceback_tail
+from grpo_worker.rewards.lookup import resolve
 from grpo_worker.rewards.wire import (
     HEADER_BYTES,
     MAX_REPLY_BYTES,

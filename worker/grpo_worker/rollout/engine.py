@@ -1,11 +1,11 @@
 """The one module that drives vLLM: tokens in, tokens and log-probs out, and weights swapped under a running engine.
 
-Invariant: the engine serves exactly the weights whose version and digest its workers report. A pull that fails leaves the old weights
-serving and generation running; a swap that fails half-way leaves the engine paused and marked as having no version, until another
-swap succeeds.
+Invariant: the engine serves exactly the weights whose version and digest its workers report. A pull that fails leaves
+the old weights serving and generation running; a swap that fails half-way leaves the engine paused and marked as having
+no version, until another swap succeeds.
 
-Run with vLLM 0.32.0 (CPU). Written against the sources of 0.26, 0.28 and 0.33: what differs between them is asked for by feature
-(`weight_versions` on outputs, `finish_weight_update(weight_version)`), never by version number.
+Run with vLLM 0.32.0 (CPU). Written against the sources of 0.26, 0.28 and 0.33: what differs between them is asked for
+by feature (`weight_versions` on outputs, `finish_weight_update(weight_version)`), never by version number.
 """
 
 import asyncio
@@ -27,9 +27,22 @@ import torch
 import xxhash
 
 from grpo_worker.errors import DeviceError, GRPOError, PeerLostError, StalledError
-from grpo_worker.protocol.messages import ApplyWeightsReply, ApplyWeightsRequest, Array, SampleResult, Sampling, VersionSpan
+from grpo_worker.protocol.messages import (
+    ApplyWeightsReply,
+    ApplyWeightsRequest,
+    Array,
+    SampleResult,
+    Sampling,
+    VersionSpan,
+)
 from grpo_worker.rollout.gate import Gate
-from grpo_worker.rollout.options import EngineOptions, engine_environment, log_configuration, resolve_model, startup_error
+from grpo_worker.rollout.options import (
+    EngineOptions,
+    engine_environment,
+    log_configuration,
+    resolve_model,
+    startup_error,
+)
 from grpo_worker.rollout.staging import StagingMemory
 from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack, version_of_tag
 from grpo_worker.weightsync.client import pull
@@ -55,8 +68,8 @@ class WeightsNotAppliedError(PeerLostError):
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample `index` of a prompt: the same on every server and in every batch, and unrelated between prompts with adjacent
-    seeds (vLLM's own n > 1 uses seed + index)."""
+    """Seed of sample `index` of a prompt: the same on every server and in every batch, and unrelated between prompts
+    with adjacent seeds (vLLM's own n > 1 uses seed + index)."""
     return xxhash.xxh3_64_intdigest(f"{seed}:{index}".encode()) >> 1
 
 
@@ -89,7 +102,9 @@ class Group:
 
     async def results(self) -> list[SampleResult]:
         """Wait for all samples. Raises EngineDeadError, or what vLLM says about this request."""
-        return [await self._engine._collect(name, queue) for name, queue in zip(self._ids, self._collectors, strict=True)]
+        return [
+            await self._engine._collect(name, queue) for name, queue in zip(self._ids, self._collectors, strict=True)
+        ]
 
     async def abort(self) -> None:
         """Take what is unfinished out of the engine."""
@@ -118,21 +133,12 @@ class RolloutEngine:
         """Load the model. Minutes for a large one; the event loop stays free.
 
         Raises:
-            DataError: no usable model at `model_path`. ConfigError: not enough memory (vLLM's numbers), or a wrong argument.
+            DataError: no usable model at `model_path`. ConfigError: not enough memory (vLLM's numbers), or a wrong
+                argument.
             DeviceError: CUDA or NCCL failed.
         """
-        directory = await asyncio.to_thread(resolve_model, self.options.model_path, self.options.revision)
-        self._expected, self._optional = expected_tensors(directory)
-        with tempfile.TemporaryDirectory(prefix="grpo-rollout-") as folder:
-            log_file, log_config = Path(folder, "engine.log"), Path(folder, "logging.json")
-            log_config.write_text(json.dumps(log_configuration(log_file)))
-            os.environ.update(engine_environment(self.options, self.on_gpu, log_config))
-            started = time.monotonic()
-            try:
-                self._llm = await in_daemon_thread(self._create, directory)
-            except Exception as error:  # vLLM raises anything; the cause is in its workers' log
-                text = log_file.read_text() if log_file.exists() else ""
-                raise startup_error(error, text, self.options, self.on_gpu) from error
+        started = time.monotonic()
+        directory = await in_daemon_thread(self._load)
         config = self._llm.model_config
         self.vocab_size: int = config.get_vocab_size()
         self.max_model_len: int = config.max_model_len
@@ -140,11 +146,37 @@ class RolloutEngine:
         self._dtypes = frozenset({dtype, "float32"})  # the engine casts float32 as its own loader would
         await self._warm_up()
         self._labels_weights = "weight_version" in inspect.signature(self._llm.finish_weight_update).parameters
-        log.info("engine is up after %.1f s: %s, %s, context %d tokens", time.monotonic() - started, directory, dtype, self.max_model_len)
+        log.info(
+            "engine is up after %.1f s: %s, %s, context %d tokens",
+            time.monotonic() - started,
+            directory,
+            dtype,
+            self.max_model_len,
+        )
+
+    def _load(self) -> Path:
+        """Runs in a thread. Returns the model's directory."""
+        directory = resolve_model(self.options.model_path, self.options.revision)
+        self._expected, self._optional = expected_tensors(directory)
+        with tempfile.TemporaryDirectory(prefix="grpo-rollout-") as folder:
+            log_file, log_config = Path(folder, "engine.log"), Path(folder, "logging.json")
+            log_config.write_text(json.dumps(log_configuration(log_file)))
+            os.environ.update(engine_environment(self.options, self.on_gpu, log_config))
+            try:
+                self._llm = self._create(directory)
+            except Exception as error:  # vLLM raises anything; the cause is in its workers' log
+                text = log_file.read_text() if log_file.exists() else ""
+                raise startup_error(error, text, self.options, self.on_gpu) from error
+            finally:
+                os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # the file goes; the handlers that it made stay
+        return directory
 
     async def _warm_up(self) -> None:
-        """vLLM sets up the last things at the first token (seconds on CPU): no request's deadline shall pay for that."""
-        group = await self.admit("warm-up", [0], Sampling(n=1, max_tokens=2, temperature=1.0, top_p=1.0, top_k=-1), seed=0)
+        """vLLM sets up the last things at the first token (seconds on CPU): no request's deadline shall pay for
+        that."""
+        group = await self.admit(
+            "warm-up", [0], Sampling(n=1, max_tokens=2, temperature=1.0, top_p=1.0, top_k=-1), seed=0
+        )
         await group.results()
 
     def _create(self, directory: Path) -> Any:
@@ -177,11 +209,11 @@ class RolloutEngine:
             arguments["block_size"] = 32  # vLLM's 128 on CPU never shares a short prompt
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**{**arguments, **options.engine_args}))
 
-    # --- generation -----------------------------------------------------------------------------------------------------------
+    # --- generation ---------------------------------------------------------------------------------------------------
 
     async def admit(self, name: str, prompt: Sequence[int], sampling: Sampling, seed: int | None) -> Group:
-        """Hand the samples of one prompt to the engine, in order. The caller has checked the prompt (vLLM does not: it has no
-        tokenizer here) and holds the gate.
+        """Hand the samples of one prompt to the engine, in order. The caller has checked the prompt (vLLM does not: it
+        has no tokenizer here) and holds the gate.
 
         Args:
             name: for logs.
@@ -196,7 +228,9 @@ class RolloutEngine:
                 parameters = self._parameters(sampling, None if seed is None else sample_seed(seed, index))
                 ids.append(identifier)
                 self._tracks[identifier] = VersionTrack([(self._served_version, 0)])
-                collectors.append(await self._llm.add_request(identifier, {"prompt_token_ids": list(prompt)}, parameters))
+                collectors.append(
+                    await self._llm.add_request(identifier, {"prompt_token_ids": list(prompt)}, parameters)
+                )
         except BaseException as error:
             await self._abort(ids)
             if self.dead:
@@ -237,7 +271,10 @@ class RolloutEngine:
             spans = [VersionSpan(version_of_tag(span.version), span.start, span.end) for span in labelled]
         finish = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
         return SampleResult(
-            token_ids=tokens, log_probs=log_probs, finish_reason=cast(Literal["stop", "length", "abort"], finish), versions=spans
+            token_ids=tokens,
+            log_probs=log_probs,
+            finish_reason=cast(Literal["stop", "length", "abort"], finish),
+            versions=spans,
         )
 
     async def _abort(self, ids: list[str]) -> None:
@@ -245,13 +282,14 @@ class RolloutEngine:
         if running and not self.dead:
             await self._llm.abort(running)
 
-    # --- weights --------------------------------------------------------------------------------------------------------------
+    # --- weights ------------------------------------------------------------------------------------------------------
 
     async def apply_weights(self, request: ApplyWeightsRequest) -> ApplyWeightsReply:
         """Pull a version beside running generation, then swap it in: pause(keep), start, update, finish, resume.
 
         Raises:
-            PeerLostError, WeightsDamagedError, VersionNotHeldError, ConfigError: the pull failed; the old weights serve.
+            PeerLostError, WeightsDamagedError, VersionNotHeldError, ConfigError: the pull failed; the old weights
+            serve.
             WeightsMismatchError: the tensors do not fit the model; the old weights serve.
             WeightsNotAppliedError: the swap failed half-way; the engine waits for another one.
             StalledError: not done within the request's limit. EngineDeadError: the engine is gone.
@@ -262,7 +300,9 @@ class RolloutEngine:
             async with asyncio.timeout(request.timeout_seconds):
                 await self._apply_lock.acquire()
         except TimeoutError as error:
-            raise StalledError(f"weights of version {request.version}: another sync held the engine for {request.timeout_seconds} s") from error
+            raise StalledError(
+                f"weights of version {request.version}: another sync held the engine for {request.timeout_seconds} s"
+            ) from error
         try:
             manifest = await in_daemon_thread(self._pull, request, deadline)
             pulled = time.perf_counter()
@@ -309,7 +349,9 @@ class RolloutEngine:
             apply_seconds = time.perf_counter() - began
             applied = [tuple(state or ()) for state in await self._llm.collective_rpc("grpo_applied_weights")]
             if set(applied) != {(request.version, request.store.digest)}:
-                raise WeightsNotAppliedError(f"workers report {applied} instead of ({request.version}, {request.store.digest})")
+                raise WeightsNotAppliedError(
+                    f"workers report {applied} instead of ({request.version}, {request.store.digest})"
+                )
         except BaseException as error:
             self.weight_version = self.weight_digest = None
             self.broken = f"the swap to version {manifest.version} failed: {type(error).__name__}: {error}"
@@ -326,7 +368,8 @@ class RolloutEngine:
         return apply_seconds
 
     async def _end_stale_session(self) -> None:
-        """A swap that was cut off between start and finish leaves vLLM's session open, and then every start is refused."""
+        """A swap that was cut off between start and finish leaves vLLM's session open, and then every start is
+        refused."""
         try:
             await self._llm.finish_weight_update()
         except Exception as error:
@@ -339,7 +382,7 @@ class RolloutEngine:
             if (track := self._tracks.get(state.external_req_id)) is not None:
                 track.swapped(version, state.detokenizer.num_output_tokens())
 
-    # --- state ----------------------------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------------
 
     @property
     def dead(self) -> bool:
@@ -377,7 +420,9 @@ class RolloutEngine:
         self._staging.close()
 
     def _dead_error(self) -> GRPOError:
-        return EngineDeadError("rollout: the engine's process has ended; its log above says why. The replica must be started again.")
+        return EngineDeadError(
+            "rollout: the engine's process has ended; its log above says why. The replica must be started again."
+        )
 
 
 def numpy_tokens(array: Array) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Who may put work into the engine when.
 
-Invariant: while an exclusive holder runs (an atomic request, whose batches must depend on nothing else) nobody else is inside. A waiting
-exclusive holder keeps newcomers out, so it is not starved; a weight update may pass those who wait, but not one who runs.
+Invariant: while an exclusive holder runs (an atomic request, whose batches must depend on nothing else) nobody else is
+inside. A waiting exclusive holder keeps newcomers out, so it is not starved; a weight update may pass those who wait,
+but not one who runs.
 """
 
 import asyncio

@@ -1,23 +1,30 @@
 """From a request to results: every prompt is answered exactly once, with its samples or with an error of a known kind.
 
-Invariant: nothing is missing silently (a prompt whose deadline passed says so), no prompt disturbs another, and when the consumer goes
-away, what it asked for leaves the engine.
+Invariant: nothing is missing silently (a prompt whose deadline passed says so), no prompt disturbs another, and when
+the consumer goes away, what it asked for leaves the engine.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 
-from grpo_worker.protocol.messages import GenerateEnd, GenerateRequest, GroupResult, PromptRequest, SampleResult, Sampling
+from grpo_worker.protocol.messages import (
+    GenerateEnd,
+    GenerateRequest,
+    GroupResult,
+    PromptRequest,
+    SampleResult,
+    Sampling,
+)
 from grpo_worker.rollout.engine import EngineDeadError, Group, RolloutEngine, numpy_tokens
 
 log = logging.getLogger(__name__)
 
 
 def refusal(prompt: PromptRequest, sampling: Sampling, vocab_size: int, max_model_len: int) -> GroupResult | None:
-    """Why the engine must not see this prompt, or None. vLLM without a tokenizer does not check ids, and it silently shortens a response
-    that does not fit into the context."""
+    """Why the engine must not see this prompt, or None. vLLM without a tokenizer does not check ids, and it silently
+    shortens a response that does not fit into the context."""
     tokens = numpy_tokens(prompt.token_ids)
     if len(tokens) + sampling.max_tokens > max_model_len:
         message = (
@@ -25,14 +32,14 @@ def refusal(prompt: PromptRequest, sampling: Sampling, vocab_size: int, max_mode
             f"{max_model_len} tokens"
         )
         return GroupResult(id=prompt.id, samples=[], error=message, error_kind="prompt_too_long")
-    if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
         position = int(((tokens < 0) | (tokens >= vocab_size)).argmax())
         message = f"prompt '{prompt.id}': token id {tokens[position]} at position {position} is outside the vocabulary 0..{vocab_size - 1}"
         return GroupResult(id=prompt.id, samples=[], error=message, error_kind="token_out_of_range")
     return None
 
 
-async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncIterator[GroupResult | GenerateEnd]:
+async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncGenerator[GroupResult | GenerateEnd, None]:
     """Results as they finish, then the end. Close the iterator to abort what is left."""
     loop = asyncio.get_running_loop()
     started = loop.time()
@@ -54,14 +61,20 @@ async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncIter
                 stack.push_async_callback(_drop, groups, tasks)  # before the gate opens for others
                 failed = await _admit(engine, request, accepted, groups)
         except TimeoutError:
-            log.warning("request %s: its deadline of %s s passed before the engine took it", request.request_id, request.deadline_seconds)
+            log.warning(
+                "request %s: its deadline of %s s passed before the engine took it",
+                request.request_id,
+                request.deadline_seconds,
+            )
             failed = []
         for result in failed:
             waiting.discard(result.id)
             yield result
         tasks.update({asyncio.create_task(group.results()): name for name, group in groups.items()})
         while tasks:
-            done, _ = await asyncio.wait(tasks, timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                tasks, timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED
+            )
             if not done:
                 break
             for task in done:
@@ -88,7 +101,9 @@ async def _admit(
         for prompt in prompts:
             tokens = numpy_tokens(prompt.token_ids).tolist()
             try:
-                groups[prompt.id] = await engine.admit(f"{request.request_id}/{prompt.id}", tokens, request.sampling, prompt.seed)
+                groups[prompt.id] = await engine.admit(
+                    f"{request.request_id}/{prompt.id}", tokens, request.sampling, prompt.seed
+                )
             except (ValueError, RuntimeError, EngineDeadError) as error:
                 failed.append(_failure(prompt.id, error))
     finally:
@@ -100,7 +115,7 @@ async def _admit(
 def _result(name: str, task: "asyncio.Task[list[SampleResult]]") -> GroupResult:
     try:
         return GroupResult(id=name, samples=task.result())
-    except Exception as error:  # vLLM's errors about one request have no common base over its versions
+    except Exception as error:
         return _failure(name, error)
 
 

@@ -1,7 +1,8 @@
 """The replica's membership: it tells the coordinator what it serves, and learns what it should serve.
 
-Invariant: a replica is ready only while its engine is healthy, the coordinator has answered recently, and its weight version is
-within [policy_version - max_staleness, policy_version] of this coordinator's incarnation. Versions of another incarnation do not count.
+Invariant: a replica is ready only while its engine is healthy, the coordinator has answered recently, and its weight
+version is within [policy_version - max_staleness, policy_version] of this coordinator's incarnation. Versions of
+another incarnation do not count.
 """
 
 import asyncio
@@ -34,7 +35,12 @@ class MembershipOptions:
 
 
 def unready_reason(
-    *, engine_problem: str, weight_version: int | None, reply: HeartbeatReply | None, reply_age_seconds: float, lost_after_seconds: float
+    *,
+    engine_problem: str,
+    weight_version: int | None,
+    reply: HeartbeatReply | None,
+    reply_age_seconds: float,
+    lost_after_seconds: float,
 ) -> str:
     """Why the replica must not serve now; '' when it may."""
     if engine_problem:
@@ -100,7 +106,9 @@ class Membership:
             stats=self._engine.stats() if started else {},
         )  # fmt: skip
         url = f"{self._options.coordinator_url}/v1/members"
-        async with session.post(url, data=codec.encode(message), headers={"Content-Type": codec.CONTENT_TYPE}) as response:
+        async with session.post(
+            url, data=codec.encode(message), headers={"Content-Type": codec.CONTENT_TYPE}
+        ) as response:
             response.raise_for_status()
             reply: HeartbeatReply = codec.decode(await response.read(), HeartbeatReply)
             return reply

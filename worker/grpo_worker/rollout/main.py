@@ -1,7 +1,7 @@
 """The rollout process: port, heartbeats and engine come up, and one of them ends it.
 
-Invariant: it ends with 0 when it is told to stop (signal, or the coordinator's word), else with a `GRPOError` that says why. The port
-is bound before the model is loaded, so a clash costs seconds, not minutes.
+Invariant: it ends with 0 when it is told to stop (signal, or the coordinator's word), else with a `GRPOError` that says
+why. The port is bound before the model is loaded, so a clash costs seconds, not minutes.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from grpo_worker.environment import ADVERTISED_HOST, COORDINATOR_URL, LISTEN_HOST, MEMBER_NAME
 from grpo_worker.errors import ConfigError
 from grpo_worker.protocol import auth
 from grpo_worker.rollout.engine import RolloutEngine
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COORDINATOR_VARIABLE = "GRPO_COORDINATOR_URL"
-HOST_VARIABLE = "GRPO_HOST"  # address under which the other processes reach this one (a pod's IP); it binds there
 WATCH_SECONDS = 0.5
 
 
@@ -35,13 +34,14 @@ class ReplicaOptions:
     """One replica's place in the job."""
 
     name: str
-    host: str
+    host: str  # that the server binds
     port: int  # 0: any free one
     coordinator_url: str
     token: str
     heartbeat_seconds: float = 1.0
     lost_after_seconds: float = 30.0
     give_up_after_seconds: float = 600.0
+    advertised_host: str = "127.0.0.1"  # under which the others reach it
 
 
 def run(job: "GRPOJob", *, index: int) -> None:
@@ -54,7 +54,9 @@ def options_of(job: "GRPOJob", index: int) -> tuple[EngineOptions, ReplicaOption
     spec = job.spec
     rollout, network, token = spec.rollout, spec.network, auth.job_token()
     engine_args = dict(rollout.engine_args)
-    max_model_len = engine_args.pop("max_model_len", None) or spec.data.max_prompt_length + spec.data.max_response_length
+    max_model_len = (
+        engine_args.pop("max_model_len", None) or spec.data.max_prompt_length + spec.data.max_response_length
+    )
     engine = EngineOptions(
         model_path=spec.model.path, revision=spec.model.revision, max_model_len=max_model_len, dtype=rollout.dtype,
         tensor_parallel_size=rollout.tensor_parallel_size, gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -63,9 +65,10 @@ def options_of(job: "GRPOJob", index: int) -> tuple[EngineOptions, ReplicaOption
         engine_args=engine_args, pull_streams=network.weight_sync_streams, token=token,
     )  # fmt: skip
     replica = ReplicaOptions(
-        name=f"rollout-{index}", host=os.environ.get(HOST_VARIABLE, "127.0.0.1"),
+        name=os.environ.get(MEMBER_NAME, f"rollout-{index}"), host=os.environ.get(LISTEN_HOST, "127.0.0.1"),
+        advertised_host=os.environ.get(ADVERTISED_HOST, "127.0.0.1"),
         port=network.rollout_port and network.rollout_port + index,
-        coordinator_url=os.environ.get(COORDINATOR_VARIABLE, f"http://127.0.0.1:{network.coordinator_port}"),
+        coordinator_url=os.environ.get(COORDINATOR_URL, f"http://127.0.0.1:{network.coordinator_port}"),
         token=token, heartbeat_seconds=network.heartbeat_seconds, lost_after_seconds=network.member_timeout_seconds,
         give_up_after_seconds=max(600.0, 10 * network.member_timeout_seconds),
     )  # fmt: skip
@@ -80,7 +83,9 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     membership: Membership | None = None
-    server = RolloutServer(engine, token=replica.token, unready_reason=lambda: membership.unready_reason() if membership else "starting")
+    server = RolloutServer(
+        engine, token=replica.token, unready_reason=lambda: membership.unready_reason() if membership else "starting"
+    )
     try:
         runner, port = await listen(server.app(), replica.host, replica.port)
     except OSError as error:
@@ -90,7 +95,7 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
         ) from error
     membership = Membership(
         MembershipOptions(
-            coordinator_url=replica.coordinator_url, name=replica.name, instance=uuid.uuid4().hex, url=f"http://{replica.host}:{port}",
+            coordinator_url=replica.coordinator_url, name=replica.name, instance=uuid.uuid4().hex, url=f"http://{replica.advertised_host}:{port}",
             heartbeat_seconds=replica.heartbeat_seconds, lost_after_seconds=replica.lost_after_seconds,
             give_up_after_seconds=replica.give_up_after_seconds, token=replica.token,
         ),

@@ -48,14 +48,22 @@ def resolve_model(path: str, revision: str | None) -> Path:
             raise DataError(f"model.path: {local} has no config.json. Give a model directory in Hugging Face format.")
         return local.resolve()
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise DataError(f"model.path: {path} is not a directory. Give a model directory in Hugging Face format, or a Hugging Face id.")
+        raise DataError(
+            f"model.path: {path} is not a directory. Give a model directory in Hugging Face format, or a Hugging Face id."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(f"model.path: '{path}' is neither a directory nor a model that the Hugging Face hub gives us ({error})") from error
+        raise DataError(
+            f"model.path: '{path}' is neither a directory nor a model that the Hugging Face hub gives us ({error})"
+        ) from error
 
 
 _MEMORY = re.compile(
@@ -67,7 +75,8 @@ _RAISED = re.compile(r"(?:^|\s)(?:[\w.]+)?(?:Error|Exception): (?P<message>.+)$"
 
 
 def startup_error(error: BaseException, engine_log: str, options: EngineOptions, on_gpu: bool) -> GRPOError:
-    """The engine did not start: say why in vLLM's words (its worker processes only log the cause) and what to change."""
+    """The engine did not start: say why in vLLM's words (its worker processes only log the cause) and what to
+    change."""
     messages = [match["message"].strip() for match in _RAISED.finditer(engine_log)] + [str(error)]
     if memory := next((message for message in messages if _MEMORY.search(message)), None):
         raise_what = (
@@ -101,14 +110,26 @@ def engine_environment(options: EngineOptions, on_gpu: bool, log_config: Path) -
 
 
 def log_configuration(log_file: Path) -> dict[str, Any]:
-    """`logging.config` of vLLM's logger: errors to stderr (VLLM_LOGGING_LEVEL shows more) and to a file that `startup_error` reads."""
+    """`logging.config` of vLLM's logger: errors to stderr (VLLM_LOGGING_LEVEL shows more) and to a file that
+    `startup_error` reads."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"}},
         "handlers": {
-            "stderr": {"class": "logging.StreamHandler", "level": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "formatter": "plain", "stream": "ext://sys.stderr"},
+            "stderr": {
+                "class": "logging.StreamHandler",
+                "level": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+                "formatter": "plain",
+                "stream": "ext://sys.stderr",
+            },
             "file": {"class": "logging.FileHandler", "level": "ERROR", "formatter": "plain", "filename": str(log_file)},
         },
-        "loggers": {"vllm": {"level": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"), "handlers": ["stderr", "file"], "propagate": False}},
+        "loggers": {
+            "vllm": {
+                "level": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+                "handlers": ["stderr", "file"],
+                "propagate": False,
+            }
+        },
     }

@@ -1,16 +1,18 @@
 """Inside vLLM's workers: the weight-transfer engine `grpo_store`, and the read-back of what a worker runs.
 
-Invariant: the model is touched only inside `update_weights`, only with bytes that were verified before, and layerwise reload is finalised
-even when loading fails, so that a repeated update can succeed. A parameter that the update did not load is an error (vLLM only logs it).
+Invariant: the model is touched only inside `update_weights`, only with bytes that were verified before, and layerwise
+reload is finalised even when loading fails, so that a repeated update can succeed. A parameter that the update did not
+load is an error (vLLM only logs it).
 
-Loaded by vLLM as a general plug-in (entry point `grpo_store`) in every process, and as the worker extension class of our engine, which
-works without installed distribution metadata. Run with vLLM 0.32.0; written against the sources of 0.26, 0.28 and 0.33.
+Loaded by vLLM as a general plug-in (entry point `grpo_store`) in every process, and as the worker extension class of
+our engine, which works without installed distribution metadata. Run with vLLM 0.32.0; written against the sources of
+0.26, 0.28 and 0.33.
 """
 
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -66,12 +68,14 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self.applied = None
         initialize_layerwise_reload(self.model)
         try:
-            loaded = self.model.load_weights(self._tensors(manifest, data))
+            loaded = cast(Any, self.model).load_weights(self._tensors(manifest, data))
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
         self._process_tied_layers()
         if loaded is not None and (left := sorted(parameters - loaded)):
-            raise RuntimeError(f"version {manifest.version} did not load {len(left)} parameters of the model: {', '.join(left[:5])}")
+            raise RuntimeError(
+                f"version {manifest.version} did not load {len(left)} parameters of the model: {', '.join(left[:5])}"
+            )
         self._pending = (manifest.version, manifest.digest)
 
     def finish_weight_update(self) -> None:
@@ -87,8 +91,8 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         raise RuntimeError("weights are published by grpo_worker.weightsync, not through vLLM")
 
     def _process_tied_layers(self) -> None:
-        """Layerwise reload processes a shared parameter for its first layer only. On CPU every layer has its own packed copy, so a tied
-        output head would go on with the old embedding, without a word."""
+        """Layerwise reload processes a shared parameter for its first layer only. On CPU every layer has its own packed
+        copy, so a tied output head would go on with the old embedding, without a word."""
         if self.device.type != "cpu":
             return
         seen: set[int] = set()
@@ -111,11 +115,15 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
                 yield entry.name, torch.empty(entry.shape, dtype=dtype, device=self.device)
                 continue
             count = entry.size_bytes // dtype.itemsize
-            yield entry.name, torch.frombuffer(data, dtype=dtype, count=count, offset=entry.offset).view(entry.shape).to(self.device)
+            yield (
+                entry.name,
+                torch.frombuffer(data, dtype=dtype, count=count, offset=entry.offset).view(entry.shape).to(self.device),
+            )
 
 
 class WorkerExtension:
-    """Methods added to vLLM's worker, called by `collective_rpc`. Importing this module registers the backend in the worker."""
+    """Methods added to vLLM's worker, called by `collective_rpc`. Importing this module registers the backend in the
+    worker."""
 
     weight_transfer_engine: StoreTransferEngine
 

@@ -1,7 +1,8 @@
 """HTTP in front of the engine.
 
-Invariant: every request gets an answer of the contract: frames that end with `GenerateEnd`, or a status of 400 and above with an
-`ErrorReply`. When the client goes away, its requests leave the engine; a weight swap that has begun goes on.
+Invariant: every request gets an answer of the contract: frames that end with `GenerateEnd`, or a status of 400 and
+above with an `ErrorReply`. When the client goes away, its requests leave the engine; a weight swap that has begun goes
+on.
 """
 
 import asyncio
@@ -42,7 +43,9 @@ class RefusedError(Exception):
 
 
 @web.middleware
-async def error_replies(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def error_replies(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """Turn errors into `ErrorReply` bodies."""
     try:
         return await handler(request)
@@ -52,7 +55,11 @@ async def error_replies(request: web.Request, handler: Callable[[web.Request], A
         status = next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), 502)
         refused = RefusedError(status, error.reason, str(error))
     except web.HTTPRequestEntityTooLarge:
-        refused = RefusedError(413, "RequestTooLarge", f"the body is over the limit of {MAX_BODY_BYTES} bytes; send fewer prompts at a time")
+        refused = RefusedError(
+            413,
+            "RequestTooLarge",
+            f"the body is over the limit of {MAX_BODY_BYTES} bytes; send fewer prompts at a time",
+        )
     except web.HTTPException as error:
         refused = RefusedError(error.status, error.reason.replace(" ", ""), error.reason)
     metrics.ERRORS.labels(refused.reply.reason).inc()
@@ -67,7 +74,8 @@ class RolloutServer:
         self.started = False  # set once the engine has loaded
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[auth.middleware(self._token), error_replies], client_max_size=MAX_BODY_BYTES)
+        middlewares: list[Any] = [auth.middleware(self._token), error_replies]
+        app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
         app.add_routes([
             web.post("/v1/generate", self._generate), web.post("/v1/weights", self._weights),
             web.get("/healthz", self._healthz), web.get("/readyz", self._readyz), web.get("/metrics", self._metrics),
@@ -100,7 +108,11 @@ class RolloutServer:
     async def _weights(self, request: web.Request) -> web.StreamResponse:
         message: ApplyWeightsRequest = await self._read(request, ApplyWeightsRequest)
         if message.version != message.store.version or message.timeout_seconds <= 0:
-            raise RefusedError(400, "InvalidRequest", f"version {message.version} with store version {message.store.version}, timeout {message.timeout_seconds}")
+            raise RefusedError(
+                400,
+                "InvalidRequest",
+                f"version {message.version} with store version {message.store.version}, timeout {message.timeout_seconds}",
+            )
         task = asyncio.create_task(self._engine.apply_weights(message))
         try:
             reply = await asyncio.shield(task)
@@ -150,14 +162,22 @@ def invalid(request: GenerateRequest) -> str:
         (sampling.max_tokens >= 1, f"sampling.max_tokens is {sampling.max_tokens}, must be at least 1"),
         (sampling.temperature >= 0, f"sampling.temperature is {sampling.temperature}, must not be negative"),
         (0 < sampling.top_p <= 1, f"sampling.top_p is {sampling.top_p}, must be in (0, 1]"),
-        (sampling.top_k == -1 or sampling.top_k >= 1, f"sampling.top_k is {sampling.top_k}, must be -1 (all) or at least 1"),
+        (
+            sampling.top_k == -1 or sampling.top_k >= 1,
+            f"sampling.top_k is {sampling.top_k}, must be -1 (all) or at least 1",
+        ),
         (0 <= sampling.min_p <= 1, f"sampling.min_p is {sampling.min_p}, must be in [0, 1]"),
         (request.deadline_seconds > 0, f"deadline_seconds is {request.deadline_seconds}, must be positive"),
     ]
     for prompt in request.prompts:
         array = prompt.token_ids
         integers = array.dtype in ("int32", "int64") and len(array.data) % (int(array.dtype[3:]) // 8) == 0
-        rules.append((integers, f"prompt '{prompt.id}': token_ids must be whole int32 or int64 values, got {len(array.data)} bytes of {array.dtype}"))
+        rules.append(
+            (
+                integers,
+                f"prompt '{prompt.id}': token_ids must be whole int32 or int64 values, got {len(array.data)} bytes of {array.dtype}",
+            )
+        )
         rules.append((bool(array.data), f"prompt '{prompt.id}' has no tokens"))
     twice = [name for name, count in Counter(prompt.id for prompt in request.prompts).items() if count > 1]
     rules.append((not twice, f"prompt ids occur twice: {', '.join(twice[:5])}"))

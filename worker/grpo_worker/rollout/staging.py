@@ -1,7 +1,7 @@
 """Host memory that one pull fills and all workers of the engine read.
 
-Invariant: one copy of the weights a replica, whatever its tensor-parallel size, and no file system behind it: the memory has no
-name in /dev/shm (whose size limit in a pod is a trap), and it goes with the process.
+Invariant: one copy of the weights a replica, whatever its tensor-parallel size, and no file system behind it: the
+memory has no name in /dev/shm (whose size limit in a pod is a trap), and it goes with the process.
 """
 
 import mmap
@@ -20,7 +20,8 @@ class StagingMemory:
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
     def reserve(self, total_bytes: int) -> memoryview:
-        """At least `total_bytes` writable bytes. What was there before is kept or lost: only a verified pull gives it meaning."""
+        """At least `total_bytes` writable bytes. What was there before is kept or lost: only a verified pull gives it
+        meaning."""
         size = max(total_bytes, 1)
         if self._map is None or len(self._map) < size:
             os.ftruncate(self._file, size)

@@ -1,7 +1,7 @@
 """Which weights made which token.
 
-Invariant: the spans of a response cover [0, tokens) without gap or overlap, in order. vLLM 0.32 and later report them; for older ones
-we note, while generation stands still for a swap, how many tokens each running request has.
+Invariant: the spans of a response cover [0, tokens) without gap or overlap, in order. vLLM 0.32 and later report them;
+for older ones we note, while generation stands still for a swap, how many tokens each running request has.
 """
 
 from dataclasses import dataclass, field

@@ -1,8 +1,9 @@
 """Causal attention over sequences packed into one row, as a Transformers attention function.
 
 Invariant: a token attends to the earlier tokens of its own sequence alone; neighbours in the row do not exist for it.
-On CUDA in half precision the variable-length flash kernel of PyTorch runs; elsewhere scaled_dot_product_attention runs on
-each sequence, or on all of them padded where little is padded. Padding goes to the right, so a causal mask suffices.
+On CUDA in half precision the variable-length flash kernel of PyTorch runs; elsewhere scaled_dot_product_attention
+runs on each sequence, or on all of them padded where little is padded. Padding goes to the right, so a causal mask
+suffices.
 """
 
 import inspect
@@ -66,7 +67,9 @@ def packed_attention(
     sequence_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, tokens, head width], key and value [1, key-value heads, ...] -> [1, tokens, heads, head width]."""
+    """query [1, heads, tokens, head width], key and value [1, key-value heads, ...] -> [1, tokens, heads, head
+    width].
+    """
     for name in UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise ConfigError(
@@ -80,6 +83,7 @@ def packed_attention(
         output = varlen_attn(
             q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **VARLEN_ARGUMENTS
         )
+        assert isinstance(output, Tensor)
         return output.unsqueeze(0), None
     if sequence_lengths is None:
         assert cu_seq_lens_q is not None

@@ -1,7 +1,7 @@
 """From the ragged arrays of a `TrainBatch` to the tensors of one micro-batch.
 
-Invariant: a response token's log-prob is read at the position before it; every per-token value travels with its index into
-the message's flat response arrays, so results return to their places whatever the packing was.
+Invariant: a response token's log-prob is read at the position before it; every per-token value travels with its index
+into the message's flat response arrays, so results return to their places whatever the packing was.
 """
 
 from collections.abc import Sequence
@@ -98,7 +98,9 @@ class MicroBatch:
 
 
 def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: torch.device) -> MicroBatch:
-    """The micro-batch of `members`. An empty list makes a two-token stand-in, so that this rank joins the collectives."""
+    """The micro-batch of `members`. An empty list makes a two-token stand-in, so that this rank joins the
+    collectives.
+    """
     if not len(members):
         ids = [np.array([0, 0], dtype=np.int32)]
         prompt_lengths, response_index = [1], np.zeros(0, dtype=np.int64)
@@ -111,10 +113,10 @@ def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: 
     width = max(lengths)
     starts = _offsets(np.array(lengths)) if packed else np.arange(len(lengths) + 1) * width
     predict = np.concatenate(
-        [starts[s] + np.arange(p - 1, n - 1) for s, (p, n) in enumerate(zip(prompt_lengths, lengths))]
+        [starts[s] + np.arange(p - 1, n - 1) for s, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True))]
     )
-    targets = np.concatenate([row[p:] for row, p in zip(ids, prompt_lengths)])
-    seq_ids = np.repeat(np.arange(len(lengths)), [n - p for p, n in zip(prompt_lengths, lengths)])
+    targets = np.concatenate([row[p:] for row, p in zip(ids, prompt_lengths, strict=True)])
+    seq_ids = np.repeat(np.arange(len(lengths)), [n - p for p, n in zip(prompt_lengths, lengths, strict=True)])
 
     if packed:
         input_ids = np.concatenate(ids)[None]

@@ -1,7 +1,7 @@
 """The ranks of one trainer: rendezvous, device, seeds and the channel that commands travel on.
 
-Invariant: gradients and weights move on the device's backend (NCCL on CUDA), commands and results on a Gloo group of their
-own, checkpoint traffic on a third; so none ever waits behind, or is mistaken for, another.
+Invariant: gradients and weights move on the device's backend (NCCL on CUDA), commands and results on a Gloo group of
+their own, checkpoint traffic on a third; so none ever waits behind, or is mistaken for, another.
 """
 
 import os

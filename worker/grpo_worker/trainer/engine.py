@@ -1,7 +1,7 @@
 """The trainer's operations, as every rank runs them.
 
-Invariant: each operation is collective and leaves the same state on all ranks; a request that is wrong in itself is refused
-on all of them before anything has changed.
+Invariant: each operation is collective and leaves the same state on all ranks; a request that is wrong in itself is
+refused on all of them before anything has changed.
 """
 
 import time

@@ -1,7 +1,7 @@
 """`grpo-worker trainer` on one node: a process for each of its ranks, all of which live or all of which end.
 
-Invariant: the exit code is that of the first rank that failed; when one rank ends badly the others are ended, first asked,
-then killed. torch is not imported here: a supervisor should cost nothing.
+Invariant: the exit code is that of the first rank that failed; when one rank ends badly the others are ended, first
+asked, then killed. torch is not imported here: a supervisor should cost nothing.
 """
 
 import logging
@@ -14,8 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from grpo_worker.environment import PARENT_PID
 from grpo_worker.errors import ConfigError
 
+RANK_PROCESS = "GRPO_TRAINER_RANK_PROCESS"  # set for our own children alone
 POLL_SECONDS = 0.1
 REPORT_GRACE_SECONDS = 5.0  # for rank 0 to tell the coordinator what another rank died of
 TERMINATE_GRACE_SECONDS = 10.0
@@ -55,7 +57,7 @@ def placement(nodes: int, ranks_per_node: int, rendezvous_port: int, environment
 
 def is_rank_process(environment: Mapping[str, str]) -> bool:
     """True inside a process that `run_ranks` started."""
-    return "GRPO_TRAINER_RANK_PROCESS" in environment
+    return RANK_PROCESS in environment
 
 
 def run_ranks(command: Sequence[str], place: Placement, stop: threading.Event | None = None) -> int:
@@ -65,7 +67,8 @@ def run_ranks(command: Sequence[str], place: Placement, stop: threading.Event | 
     for local_rank in range(place.ranks_per_node):
         environment = {
             **os.environ,
-            "GRPO_TRAINER_RANK_PROCESS": "1",
+            RANK_PROCESS: "1",
+            PARENT_PID: str(os.getpid()),
             "RANK": str(place.node_rank * place.ranks_per_node + local_rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(place.world_size),

@@ -1,11 +1,12 @@
 """Log-prob and entropy of chosen tokens straight from hidden states.
 
-Invariant: no tensor of [tokens, vocabulary] ever exists: the LM head runs over chunks of tokens, forward and backward, and
-the backward pass computes a chunk's logits again instead of keeping them. What is kept is one number a token.
+Invariant: no tensor of [tokens, vocabulary] ever exists: the LM head runs over chunks of tokens, forward and
+backward, and the backward pass computes a chunk's logits again instead of keeping them. What is kept is one number a
+token.
 
 With z = logits / temperature and p = softmax(z):  log-prob = z[chosen] - logsumexp(z),  H = logsumexp(z) - sum(p z),
-d log-prob / dz = onehot - p,  dH / dz = -p (z - logsumexp(z) + H).
-The matrix product runs in the compute dtype and the rest in float32, as in vLLM.
+d log-prob / dz = onehot - p,  dH / dz = -p (z - logsumexp(z) + H). The matrix product runs in the compute dtype and
+the rest in float32, as in vLLM.
 """
 
 from collections.abc import Callable
@@ -74,7 +75,7 @@ EAGER = ChunkKernels()
 
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -95,7 +96,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         hidden, weight, targets, log_sum, entropy = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_sum)
@@ -127,7 +128,8 @@ def chunked_log_probs(
     chunk_tokens: int = 4096,
     kernels: ChunkKernels = EAGER,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropy), float32 [tokens], of `targets` [tokens] under hidden [tokens, width] @ weight [vocabulary, width].T.
+    """(log-probs, entropy), float32 [tokens], of `targets` [tokens] under hidden [tokens, width] @ weight
+    [vocabulary, width].T.
 
     Both carry gradients; the entropy's costs nothing while no loss uses it.
     """

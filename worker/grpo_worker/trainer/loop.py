@@ -1,8 +1,8 @@
 """The life of a rank: rank 0 takes operations from the door, all ranks run them, in step.
 
-Invariant: rank 0 tells the others what it will do before it does it, with a tick each second when there is nothing, so no
-rank waits for another without knowing that it lives. The first failure on any rank is the answer to the operation and the
-exit code of the process.
+Invariant: rank 0 tells the others what it will do before it does it, with a tick each second when there is nothing,
+so no rank waits for another without knowing that it lives. The first failure on any rank is the answer to the
+operation and the exit code of the process.
 """
 
 import logging
@@ -66,15 +66,16 @@ def follow(engine: TrainerEngine) -> None:
             except Exception as exception:
                 error = remote_error(exception, _name(request), engine.ranks.rank)
                 log.exception("%s failed", _name(request))
-                engine.ranks.store.set(ERROR_KEY, codec.encode(error))
+                engine.ranks.store.set(ERROR_KEY, codec.encode(error))  # type: ignore[arg-type]
                 raise as_error(error) from exception
             if isinstance(request, StopRequest):
                 return None
 
 
 def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:
-    """On rank 0: a rank that failed has said so in the store. Answer with its error, and end: rank 0 may be deep inside a
-    collective that will never finish, so only a thread beside it can."""
+    """On rank 0: a rank that failed has said so in the store. Answer with its error, and end: rank 0 may be deep
+    inside a collective that will never finish, so only a thread beside it can.
+    """
     if ranks.world_size == 1:
         return
 
@@ -86,7 +87,7 @@ def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:
             except (RuntimeError, dist.DistError):
                 return  # the store ends with the process
             if failed:
-                error = codec.decode(store.get(ERROR_KEY), RemoteError)
+                error: RemoteError = codec.decode(store.get(ERROR_KEY), RemoteError)
                 log.error("%s", error.message)
                 server.fail_current(error)
                 server.close(REPLY_GRACE_SECONDS)

@@ -1,6 +1,7 @@
 """`grpo-worker trainer`: from a job to a running trainer.
 
-Invariant: this module alone knows both the job's document and the trainer's options; everything below knows only the latter.
+Invariant: this module alone knows both the job's document and the trainer's options; everything below knows only the
+latter.
 """
 
 import logging
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from grpo_worker.environment import ADVERTISED_HOST, COORDINATOR_URL, LISTEN_HOST, MEMBER_NAME
 from grpo_worker.protocol.auth import job_token
 from grpo_worker.trainer.launch import is_rank_process, placement, run_ranks
 from grpo_worker.trainer.options import LossOptions, OptimizerOptions, TrainerOptions
@@ -18,10 +20,8 @@ from grpo_worker.trainer.options import LossOptions, OptimizerOptions, TrainerOp
 if TYPE_CHECKING:
     from grpo_worker.config.job import GRPOJob
 
-COORDINATOR_VARIABLE = "GRPO_COORDINATOR_URL"
-HOST_VARIABLE = "GRPO_ADVERTISED_HOST"  # the address that other processes reach this one by; POD_IP in a pod
 DEFAULT_MAX_TOKENS = 16384
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = "127.0.0.1"
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,6 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
     spec = job.spec
     actor, optim, network = spec.actor, spec.actor.optim, spec.network
     updates_per_step = -(-spec.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
-    host = environment.get(HOST_VARIABLE, environment.get("POD_IP", "127.0.0.1"))
     # The reference and the old log-probs share one forward pass over the batch; its limits are the rollout section's.
     log_prob_size = spec.rollout.log_prob_micro_batch_size_per_gpu or spec.ref.log_prob_micro_batch_size_per_gpu
     log_prob_tokens = spec.rollout.log_prob_max_token_len_per_gpu or spec.ref.log_prob_max_token_len_per_gpu
@@ -126,11 +125,12 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
             entropy_coeff=actor.entropy_coeff,
         ),
         rollout_dtype=None if spec.rollout.dtype == "auto" else spec.rollout.dtype,
-        host=host if host in LOOPBACK else "0.0.0.0",
+        host=environment.get(LISTEN_HOST, LOOPBACK),
         port=network.trainer_port,
-        advertised_host=host,
+        advertised_host=environment.get(ADVERTISED_HOST, LOOPBACK),
         weight_port=network.weight_sync_port,
-        coordinator_url=environment.get(COORDINATOR_VARIABLE, ""),
+        coordinator_url=environment.get(COORDINATOR_URL, ""),
+        name=environment.get(MEMBER_NAME, "trainer-0"),
         heartbeat_seconds=network.heartbeat_seconds,
         collective_timeout_seconds=spec.trainer.process_group_timeout_seconds,
         operation_timeout_seconds=network.request_timeout_seconds,

@@ -1,8 +1,9 @@
 """The policy: a Hugging Face causal LM, sharded by FSDP2, that turns packed tokens into log-probs.
 
-Invariants: master weights are float32 and sharded, compute runs in the compute dtype, gradients are *summed* over ranks in
-float32 (the loss is already divided by global counts). Dropout is off: the ratio compares log-probs of one function. The
-LM head runs inside `forward`, where FSDP has gathered it. Parameter names, less the wrapper's prefix, are the checkpoint's.
+Invariants: master weights are float32 and sharded, compute runs in the compute dtype, gradients are *summed* over
+ranks in float32 (the loss is already divided by global counts). Dropout is off: the ratio compares log-probs of one
+function. The LM head runs inside `forward`, where FSDP has gathered it. Parameter names, less the wrapper's prefix,
+are the checkpoint's.
 """
 
 from collections.abc import Callable, Iterator
@@ -146,7 +147,7 @@ def _wrap_forward(layer: nn.Module, compile: bool, checkpointed: bool) -> None:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
 def named_parameters(model: PolicyModel) -> Iterator[tuple[str, nn.Parameter]]:
@@ -162,8 +163,9 @@ def gathered_parameters(model: PolicyModel, dtype: torch.dtype, device: torch.de
     """
     for name, parameter in named_parameters(model):
         tensor = parameter.detach()
-        assert isinstance(tensor, DTensor)
-        yield name, tensor.to(device=device, dtype=dtype).full_tensor()
+        whole = tensor.to(device=device, dtype=dtype)
+        assert isinstance(whole, DTensor)
+        yield name, whole.full_tensor()
 
 
 def checkpoint_directory(path: str) -> Path | None:

@@ -1,8 +1,8 @@
 """Which rank computes which sequences, in which micro-batches.
 
-Invariant: every sequence is in exactly one micro-batch, whole; no micro-batch of two or more sequences is over the token
-budget; all ranks have the same number of micro-batches (FSDP's collectives need it); the plan is a pure function of the
-lengths, so each rank derives the same one from the same message.
+Invariant: every sequence is in exactly one micro-batch, whole; no micro-batch of two or more sequences is over the
+token budget; all ranks have the same number of micro-batches (FSDP's collectives need it); the plan is a pure
+function of the lengths, so each rank derives the same one from the same message.
 """
 
 import heapq
@@ -93,7 +93,8 @@ def _best_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[i
 
 
 def _grow(bins: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Split the costliest bins until there are as many as a multiple of `ranks` wants, so that no rank computes padding.
+    """Split the costliest bins until there are as many as a multiple of `ranks` wants, so that no rank computes
+    padding.
 
     The number of rounds stays the same, so splitting is free; a bin of one sequence cannot be split.
     """
@@ -116,10 +117,11 @@ def _balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def _balance_costs(costs: Sequence[float], parts: int, equal_counts: bool = False) -> list[list[int]]:
-    """Longest-processing-time-first: each item to the least loaded part, at most 4/3 of the best makespan (Graham, 1969).
+    """Longest-processing-time-first: each item to the least loaded part, at most 4/3 of the best makespan (Graham,
+    1969).
 
-    Parts differ by at most one in their number of items when `equal_counts`, and also never take a micro-batch more than
-    ceil(items / parts): the number of rounds is what all ranks wait for.
+    Parts differ by at most one in their number of items when `equal_counts`, and also never take a micro-batch more
+    than ceil(items / parts): the number of rounds is what all ranks wait for.
     """
     limit = -(-len(costs) // parts) if costs else 0
     fewest = len(costs) // parts if equal_counts else 0

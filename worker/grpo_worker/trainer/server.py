@@ -1,7 +1,8 @@
 """The door of the trainer: HTTP on rank 0, in a thread of its own, in front of one queue of operations.
 
-Invariant: operations run one at a time in the order of their arrival, on the thread that owns the device; the state of a
-save and the probes are answered while an operation runs. Every accepted operation is answered, with its reply or an error.
+Invariant: operations run one at a time in the order of their arrival, on the thread that owns the device; the state
+of a save and the probes are answered while an operation runs. Every accepted operation is answered, with its reply or
+an error.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -123,7 +124,8 @@ class TrainerServer:
 
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[auth.middleware(self._token)])
+        guard: Any = auth.middleware(self._token)
+        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[guard])
         app.router.add_post("/v1/trainer", self._operate)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)

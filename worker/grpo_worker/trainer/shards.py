@@ -1,20 +1,23 @@
 """Saving and loading of the trainer's part of a checkpoint: `actor/` (Hugging Face format) and `state/` (DCP shards).
 
 Invariants: `save` returns when the state is copied to host memory; what is written later is that copy, whatever the
-training does. A write that fails is reported, with path and reason, and stops nothing. `load` restores bit for bit on the
-same number of ranks; on another number DCP reshards the tensors and the random generators of new ranks are seeded anew.
+training does. A write that fails is reported, with path and reason, and stops nothing. `load` restores bit for bit on
+the same number of ranks; on another number DCP reshards the tensors and the random generators of new ranks are seeded
+anew.
 """
 
+import errno
 import json
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,6 +41,7 @@ STATE_DIRECTORY, ACTOR_DIRECTORY = "state", "actor"
 FACTS_FILE = "trainer.json"
 FILE_MODE, DIRECTORY_MODE = 0o640, 0o750  # at least: a reader of the same group is served whatever the umask was
 HASH_CHUNK_BYTES = 1 << 24
+NO_SPACE_BYTES = 1 << 24
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +79,7 @@ class ShardStore:
         self._status = SaveStatusReply(done=False)
         future: Any = dcp.async_save(
             self._tensors(),
-            storage_writer=dcp.FileSystemWriter(directory / STATE_DIRECTORY, thread_count=1),
+            storage_writer=_ShardWriter(directory / STATE_DIRECTORY, thread_count=1),
             process_group=self.ranks.saving,
         )
 
@@ -140,7 +144,8 @@ class ShardStore:
         self, directory: Path, whole: dict[str, Tensor] | None, facts: dict[str, Any], generators: dict[str, Any]
     ) -> None:
         below = directory / STATE_DIRECTORY
-        torch.save(generators, below / _generator_file(self.ranks.rank))
+        with (below / _generator_file(self.ranks.rank)).open("wb") as file:
+            torch.save(generators, file)
         if whole is not None:
             (below / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
             write_model(directory / ACTOR_DIRECTORY, self.model.lm, whole, self.save_dtype, self.source)
@@ -184,9 +189,21 @@ class ShardStore:
             log.warning("rank %d is new to this checkpoint (%d ranks): reseeded", self.ranks.rank, facts["world_size"])
 
 
+class _ShardWriter(dcp.FileSystemWriter):
+    """Tells why a write failed: on its way between ranks an exception loses what it was raised from."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as exception:
+            if system := _system_error(exception):
+                raise OSError(system.errno, system.strerror, str(self.path)) from exception
+            raise
+
+
 def random_state() -> dict[str, Any]:
     """Every generator of this process, in types that torch.load takes with weights_only."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -227,6 +244,31 @@ def _chunks(file: Any) -> Iterable[bytes]:
 
 
 def _write_error(directory: Path, exception: BaseException) -> str:
-    where = getattr(exception, "filename", None) or directory
-    text = getattr(exception, "strerror", None) or root_cause(exception)
-    return f"{where}: {text}"
+    """Path and reason. PyTorch's file writer covers the system's error with one of its own; it is found beneath."""
+    system = exception if isinstance(exception, OSError) else _system_error(exception)
+    if system is not None and system.strerror:
+        return f"{system.filename or directory}: {system.strerror} (errno {system.errno})"
+    free = _free_bytes(directory)
+    hint = f" ({os.strerror(errno.ENOSPC)}: {free} bytes are free)" if 0 <= free < NO_SPACE_BYTES else ""
+    return f"{directory}: {root_cause(exception)}{hint}"
+
+
+def _system_error(exception: BaseException | None) -> OSError | None:
+    seen: set[int] = set()
+    while exception is not None and id(exception) not in seen:
+        seen.add(id(exception))
+        failures = getattr(exception, "failures", None)
+        wrapped = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        inner = wrapped[0] if isinstance(wrapped, tuple) else None
+        if isinstance(inner, BaseException) and (found := _system_error(inner)):
+            return found
+        if isinstance(exception, OSError):
+            return exception
+        exception = exception.__cause__ or exception.__context__
+    return None
+
+
+def _free_bytes(directory: Path) -> int:
+    """-1 when nobody knows."""
+    existing = next((path for path in (directory, *directory.parents) if path.is_dir()), None)
+    return shutil.disk_usage(existing).free if existing else -1

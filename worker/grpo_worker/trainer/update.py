@@ -1,7 +1,8 @@
-"""One training step: mini-batches, each a pass of packed micro-batches and one optimizer update; and log-probs without it.
+"""One training step: mini-batches, each a pass of packed micro-batches and one optimizer update; and log-probs
+without it.
 
-Invariant: the gradient of a mini-batch does not depend on how it was cut into micro-batches or spread over ranks: losses
-are divided by counts over the whole mini-batch, known to each rank from the message, and gradients are summed.
+Invariant: the gradient of a mini-batch does not depend on how it was cut into micro-batches or spread over ranks:
+losses are divided by counts over the whole mini-batch, known to each rank from the message, and gradients are summed.
 """
 
 import resource
@@ -90,7 +91,9 @@ class Updater:
         self.state = state
 
     def update(self, sequences: Sequences, step: int) -> dict[str, float]:
-        """All mini-batches of training step `step`, `ppo_epochs` times. Collective. Raises DataError for missing values."""
+        """All mini-batches of training step `step`, `ppo_epochs` times. Collective. Raises DataError for missing
+        values.
+        """
         self.check(sequences)
         started = time.perf_counter()
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))

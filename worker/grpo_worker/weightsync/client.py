@@ -1,8 +1,8 @@
 """The replica's side of a pull: parallel connections that fill one staging buffer.
 
-Invariant: `pull` returns only when every byte of every tensor has arrived and matches its checksum; otherwise it raises, and what the
-staging buffer holds then is of no use to anybody. Each connection takes whole tensors and hashes them chunk by chunk as they arrive,
-while they are in the processor's cache.
+Invariant: `pull` returns only when every byte of every tensor has arrived and matches its checksum; otherwise it
+raises, and what the staging buffer holds then is of no use to anybody. Each connection takes whole tensors and hashes
+them chunk by chunk as they arrive, while they are in the processor's cache.
 """
 
 import socket
@@ -18,7 +18,13 @@ import xxhash
 from grpo_worker.errors import ConfigError, PeerLostError, RetryableError
 from grpo_worker.protocol.messages import StoreSource
 from grpo_worker.weightsync import wire
-from grpo_worker.weightsync.manifest import Manifest, TensorEntry, VersionNotHeldError, WeightsDamagedError, check_places
+from grpo_worker.weightsync.manifest import (
+    Manifest,
+    TensorEntry,
+    VersionNotHeldError,
+    WeightsDamagedError,
+    check_places,
+)
 
 BATCH_BYTES = 32 << 20  # small tensors that one request asks for together
 
@@ -31,7 +37,8 @@ def fetch_manifest(source: StoreSource, *, token: str, timeout_seconds: float, d
         deadline: `time.monotonic()` by which it must be done.
 
     Raises:
-        PeerLostError: the server is gone or too slow. VersionNotHeldError: it serves other versions. ConfigError: wrong token.
+        PeerLostError: the server is gone or too slow. VersionNotHeldError: it serves other versions. ConfigError: wrong
+            token.
         WeightsDamagedError: the manifest is not the announced one.
     """
     pull = _Pull(source, token, timeout_seconds, deadline)
@@ -43,7 +50,11 @@ def fetch_manifest(source: StoreSource, *, token: str, timeout_seconds: float, d
         manifest = msgspec.msgpack.decode(body, type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
         raise pull.lost(error) from error
-    if manifest.digest != source.digest or manifest.total_bytes != source.total_bytes or manifest.version != source.version:
+    if (
+        manifest.digest != source.digest
+        or manifest.total_bytes != source.total_bytes
+        or manifest.version != source.version
+    ):
         raise WeightsDamagedError(
             f"weights of version {source.version} from {pull.peer}: the manifest's digest is {manifest.digest}, announced was {source.digest}"
         )
@@ -71,7 +82,8 @@ def pull(
         check: refuses a manifest (by raising) before any weight is pulled.
 
     Raises:
-        PeerLostError: naming host, port and the bytes received. WeightsDamagedError: naming the tensor whose checksum differs.
+        PeerLostError: naming host, port and the bytes received. WeightsDamagedError: naming the tensor whose checksum
+            differs.
         VersionNotHeldError, ConfigError: as `fetch_manifest`.
     """
     manifest = fetch_manifest(source, token=token, timeout_seconds=timeout_seconds, deadline=deadline)
@@ -84,13 +96,16 @@ def pull(
         futures = [pool.submit(state.run, work, buffer) for _ in range(max(1, min(streams, len(work))))]
         done, _ = wait(futures)
     # The first failure explains the others: they end because it cut their connections.
-    for error in sorted((e for future in done if (e := future.exception())), key=lambda e: isinstance(e, _StoppedError)):
+    for error in sorted(
+        (e for future in done if (e := future.exception())), key=lambda e: isinstance(e, _StoppedError)
+    ):
         raise error
     return manifest
 
 
 def batches(tensors: Sequence[TensorEntry], batch_bytes: int = BATCH_BYTES) -> list[list[TensorEntry]]:
-    """Neighbouring tensors in groups of about `batch_bytes`, the largest groups first so that no stream ends long after the others."""
+    """Neighbouring tensors in groups of about `batch_bytes`, the largest groups first so that no stream ends long after
+    the others."""
     groups: list[list[TensorEntry]] = []
     size = batch_bytes
     for entry in tensors:
@@ -151,7 +166,9 @@ class _Pull:
         wire.send_frame(connection, request)
         reply = wire.receive_frame(connection, wire.Reply)
         if reply.error == "unauthorized":
-            raise ConfigError(f"weight server {self.peer}: {reply.message}. Both sides must run with the same GRPO_JOB_TOKEN.")
+            raise ConfigError(
+                f"weight server {self.peer}: {reply.message}. Both sides must run with the same GRPO_JOB_TOKEN."
+            )
         if reply.error == "not_held":
             raise VersionNotHeldError(f"weight server {self.peer}: {reply.message}")
         if reply.error == "busy":
@@ -181,7 +198,9 @@ class _Pull:
     def _pull_group(self, connection: socket.socket, group: list[TensorEntry], buffer: memoryview) -> None:
         start, end = group[0].offset, group[-1].offset + group[-1].size_bytes
         if (length := self.ask(connection, "range", start, end)) != end - start:
-            raise WeightsDamagedError(f"weight server {self.peer}: answered {length} bytes for the range {start}..{end}")
+            raise WeightsDamagedError(
+                f"weight server {self.peer}: answered {length} bytes for the range {start}..{end}"
+            )
         position = start
         for entry in group:
             self.receive(connection, buffer[position : entry.offset], None)  # alignment padding

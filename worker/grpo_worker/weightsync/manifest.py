@@ -1,8 +1,8 @@
 """What a snapshot of weights consists of, and the proof that two of them are the same.
 
-Invariant: `digest` depends on names, shapes, dtypes, places and checksums, and on nothing else: equal weights have equal digests,
-whatever their version. A manifest that differs from what the engine's model needs in any name, shape or dtype is refused as a
-whole, because vLLM itself does not report tensors that are missing.
+Invariant: `digest` depends on names, shapes, dtypes, places and checksums, and on nothing else: equal weights have
+equal digests, whatever their version. A manifest that differs from what the engine's model needs in any name, shape or
+dtype is refused as a whole, because vLLM itself does not report tensors that are missing.
 """
 
 import json
@@ -104,7 +104,9 @@ def check_places(manifest: Manifest) -> None:
                 f"must be at {offset} with {spec.size_bytes}"
             )
     if manifest.total_bytes != total:
-        raise WeightsDamagedError(f"manifest of version {manifest.version}: {manifest.total_bytes} bytes in all, must be {total}")
+        raise WeightsDamagedError(
+            f"manifest of version {manifest.version}: {manifest.total_bytes} bytes in all, must be {total}"
+        )
 
 
 def verify(
@@ -120,7 +122,8 @@ def verify(
         manifest: what the trainer published.
         expected: name to shape and dtype, from the model directory (`expected_tensors`).
         optional: names that may be absent on either side (a tied output head).
-        dtypes: dtypes accepted beside the expected one (the engine casts when it loads); None accepts only the expected one.
+        dtypes: dtypes accepted beside the expected one (the engine casts when it loads); None accepts only the expected
+            one.
 
     Raises:
         WeightsMismatchError: with every difference by name (the first few of each kind).
@@ -153,11 +156,12 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def expected_tensors(model_directory: Path) -> tuple[dict[str, TensorSpec], frozenset[str]]:
-    """Names, shapes and dtypes of a Hugging Face model directory, from the headers of its safetensors files (no weights are read).
+    """Names, shapes and dtypes of a Hugging Face model directory, from the headers of its safetensors files (no weights
+    are read).
 
     Returns:
-        The tensors, and the names that may be absent: `lm_head.weight` when the configuration ties it to the embedding, and
-        rotary buffers that old checkpoints carry.
+        The tensors, and the names that may be absent: `lm_head.weight` when the configuration ties it to the embedding,
+        and rotary buffers that old checkpoints carry.
 
     Raises:
         DataError: no safetensors file, or one that cannot be read.
@@ -167,7 +171,9 @@ def expected_tensors(model_directory: Path) -> tuple[dict[str, TensorSpec], froz
     if index.exists():
         files = [model_directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     if not files:
-        raise DataError(f"model.path: {model_directory} has no *.safetensors file. Save the model with safe_serialization=True.")
+        raise DataError(
+            f"model.path: {model_directory} has no *.safetensors file. Save the model with safe_serialization=True."
+        )
     tensors: dict[str, TensorSpec] = {}
     for file in files:
         for name, value in _header(file).items():

@@ -1,8 +1,8 @@
 """The trainer's side of a pull: a TCP server thread that hands out ranges of a snapshot.
 
-Invariant: no byte of weights leaves before the token was compared; a connection holds the version it reads, so a newer publish never
-mixes two versions in one reply; every socket operation has a limit and the number of connections is bounded, so a stuck
-reader costs one slot for a limited time.
+Invariant: no byte of weights leaves before the token was compared; a connection holds the version it reads, so a newer
+publish never mixes two versions in one reply; every socket operation has a limit and the number of connections is
+bounded, so a stuck reader costs one slot for a limited time.
 """
 
 import hmac
@@ -26,7 +26,14 @@ class WeightServer:
     """Serves the versions of a store until `close`."""
 
     def __init__(
-        self, store: SnapshotStore, host: str, port: int, token: str, *, timeout_seconds: float = 60.0, max_connections: int = 256
+        self,
+        store: SnapshotStore,
+        host: str,
+        port: int,
+        token: str,
+        *,
+        timeout_seconds: float = 60.0,
+        max_connections: int = 256,
     ) -> None:
         """Bind and start to serve.
 
@@ -60,7 +67,11 @@ class WeightServer:
     def source(self, manifest: Manifest, host: str | None = None) -> StoreSource:
         """Where replicas find a version. `host` is the address that they can reach (default: the bound one)."""
         return StoreSource(
-            host=host or self.host, port=self.port, version=manifest.version, digest=manifest.digest, total_bytes=manifest.total_bytes
+            host=host or self.host,
+            port=self.port,
+            version=manifest.version,
+            digest=manifest.digest,
+            total_bytes=manifest.total_bytes,
         )
 
     def close(self) -> None:
@@ -87,7 +98,9 @@ class WeightServer:
                 continue
             with self._lock:
                 self._connections.add(connection)
-            threading.Thread(target=self._serve, args=(connection, peer), name=f"weight-server-{peer}", daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(connection, peer), name=f"weight-server-{peer}", daemon=True
+            ).start()
 
     def _serve(self, connection: socket.socket, peer: str) -> None:
         try:
@@ -97,13 +110,15 @@ class WeightServer:
                     request = wire.receive_frame(connection, wire.Request)
                     if self._token and not hmac.compare_digest(request.token.encode(), self._token.encode()):
                         log.warning("weight server: %s sent a wrong token", peer)
-                        return _refuse(connection, "unauthorized", "the job's token is missing or wrong")
+                        _refuse(connection, "unauthorized", "the job's token is missing or wrong")
+                        return
                     if snapshot is None or snapshot.manifest.version != request.version:
                         held.close()
                         try:
                             snapshot = held.enter_context(self._store.read(request.version, peer))
                         except VersionNotHeldError as error:
-                            return _refuse(connection, "not_held", str(error))
+                            _refuse(connection, "not_held", str(error))
+                            return
                     self._answer(connection, request, snapshot)
         except (OSError, msgspec.DecodeError) as error:
             # The peer has what it wanted, or lost interest; its own side reports what it misses.
@@ -117,13 +132,17 @@ class WeightServer:
     def _answer(self, connection: socket.socket, request: wire.Request, snapshot: Snapshot) -> None:
         manifest = snapshot.manifest
         if request.digest != manifest.digest:
-            return _refuse(connection, "not_held", f"version {manifest.version} is held with digest {manifest.digest}, not {request.digest}")
+            held = f"version {manifest.version} is held with digest {manifest.digest}, not {request.digest}"
+            _refuse(connection, "not_held", held)
+            return
         if request.kind == "manifest":
             body = memoryview(msgspec.msgpack.encode(manifest))
         elif 0 <= request.start <= request.end <= manifest.total_bytes:
             body = snapshot.data[request.start : request.end]
         else:
-            return _refuse(connection, "bad_request", f"range {request.start}..{request.end} is outside 0..{manifest.total_bytes}")
+            outside = f"range {request.start}..{request.end} is outside 0..{manifest.total_bytes}"
+            _refuse(connection, "bad_request", outside)
+            return
         wire.send_frame(connection, wire.Reply(length=len(body)))
         for start in range(0, len(body), wire.CHUNK_BYTES):
             connection.sendall(body[start : start + wire.CHUNK_BYTES])

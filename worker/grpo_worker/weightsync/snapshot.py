@@ -1,7 +1,8 @@
 """The trainer's published weights in host memory.
 
-Invariant: the bytes of a version do not change while somebody reads them. There are two buffers: while one is served, the other is
-written; a writer that would overwrite a version that is still being pulled waits, up to its limit, then fails naming the readers.
+Invariant: the bytes of a version do not change while somebody reads them. There are two buffers: while one is served,
+the other is written; a writer that would overwrite a version that is still being pulled waits, up to its limit, then
+fails naming the readers.
 """
 
 import threading
@@ -10,12 +11,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
+import numpy as np
 import torch
 import xxhash
 
 from grpo_worker.errors import DataError, StalledError
 from grpo_worker.weightsync.manifest import Manifest, TensorEntry, TensorSpec, VersionNotHeldError, layout
+
+CHUNK_BYTES = 256 << 10  # copied and hashed at a time
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -67,7 +72,9 @@ class SnapshotStore:
         """
         names = [spec.name for spec in specs]
         if len(set(names)) != len(names):
-            raise DataError(f"version {version}: tensor names occur twice: {sorted({n for n in names if names.count(n) > 1})[:5]}")
+            raise DataError(
+                f"version {version}: tensor names occur twice: {sorted({n for n in names if names.count(n) > 1})[:5]}"
+            )
         offsets, total = layout(specs)
         buffer = self._take_buffer(version, total)
         return SnapshotWriter(self, buffer, version, list(specs), offsets, total, self._hashers)
@@ -86,7 +93,7 @@ class SnapshotStore:
             buffer.readers.append(reader)
             manifest = buffer.manifest
         try:
-            yield Snapshot(manifest, memoryview(buffer.memory.numpy())[: manifest.total_bytes].toreadonly())
+            yield Snapshot(manifest, _bytes(buffer.memory)[: manifest.total_bytes].toreadonly())
         finally:
             with self._changed:
                 buffer.readers.remove(reader)
@@ -102,7 +109,9 @@ class SnapshotStore:
         deadline = time.monotonic() + self._timeout_seconds
         with self._changed:
             if self._writing:
-                raise StalledError(f"version {version} cannot be written: another version is being written. Commit or abandon it first.")
+                raise StalledError(
+                    f"version {version} cannot be written: another version is being written. Commit or abandon it first."
+                )
             others = [buffer for buffer in self._buffers if buffer is not self._current]
             if not others or len(self._buffers) < 2:
                 buffer = _Buffer(_allocate(total_bytes))
@@ -131,7 +140,8 @@ class SnapshotStore:
 
 
 class SnapshotWriter:
-    """Fills one buffer. `write` each tensor once, then `commit`. As a context manager it abandons what was not committed."""
+    """Fills one buffer. `write` each tensor once, then `commit`. As a context manager it abandons what was not
+    committed."""
 
     def __init__(
         self,
@@ -150,14 +160,15 @@ class SnapshotWriter:
         self._hashes: dict[str, Future[int] | None] = {}  # None: copied from a GPU, hashed after the sync in commit
         self._open = True
 
-    def __enter__(self) -> "SnapshotWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.abandon()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor into its place, cast to the announced dtype. A copy from a GPU is complete only after `commit`.
+        """Copy a tensor into its place, cast to the announced dtype. The tensor must not change before `commit`: the
+        copy goes on beside the caller.
 
         Raises:
             DataError: an unknown name, a second write, or another shape.
@@ -168,10 +179,18 @@ class SnapshotWriter:
             raise DataError(f"version {self._version}: tensor '{name}' was written twice")
         spec, offset = self._places[name]
         if tuple(tensor.shape) != tuple(spec.shape):
-            raise DataError(f"version {self._version}: tensor '{name}' has shape {list(tensor.shape)}, announced {list(spec.shape)}")
-        place = self._buffer.memory[offset : offset + spec.size_bytes]
-        place.view(getattr(torch, spec.dtype)).view(spec.shape).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        self._hashes[name] = None if tensor.is_cuda else self._hashers.submit(self._checksum, spec, offset)
+            raise DataError(
+                f"version {self._version}: tensor '{name}' has shape {list(tensor.shape)}, announced {list(spec.shape)}"
+            )
+        tensor = tensor.detach()
+        if tensor.is_cuda:
+            self._place(spec, offset).copy_(tensor, non_blocking=True)
+            self._hashes[name] = None
+        elif dtype_name(tensor.dtype) == spec.dtype and tensor.is_contiguous():
+            self._hashes[name] = self._hashers.submit(self._copy_and_checksum, spec, offset, tensor)
+        else:
+            self._place(spec, offset).copy_(tensor)
+            self._hashes[name] = self._hashers.submit(self._checksum, spec, offset)
 
     def commit(self) -> Manifest:
         """Make this version the current one.
@@ -182,12 +201,19 @@ class SnapshotWriter:
         missing = [spec.name for spec in self._specs if spec.name not in self._hashes]
         if missing:
             self.abandon()
-            raise DataError(f"version {self._version} is not published: {len(missing)} tensors were not written: {', '.join(missing[:5])}")
+            raise DataError(
+                f"version {self._version} is not published: {len(missing)} tensors were not written: {', '.join(missing[:5])}"
+            )
         if any(future is None for future in self._hashes.values()):
             torch.cuda.synchronize()
-        futures = [self._hashes[spec.name] or self._hashers.submit(self._checksum, *self._places[spec.name]) for spec in self._specs]
+        futures = [
+            self._hashes[spec.name] or self._hashers.submit(self._checksum, *self._places[spec.name])
+            for spec in self._specs
+        ]
         entries = [
-            TensorEntry(spec.name, tuple(spec.shape), spec.dtype, self._places[spec.name][1], spec.size_bytes, future.result())
+            TensorEntry(
+                spec.name, tuple(spec.shape), spec.dtype, self._places[spec.name][1], spec.size_bytes, future.result()
+            )
             for spec, future in zip(self._specs, futures, strict=True)
         ]
         manifest = Manifest(self._version, self._total_bytes, entries)
@@ -204,8 +230,27 @@ class SnapshotWriter:
                     future.cancel() or future.result()  # none may still read the buffer
             self._store._finish(self._buffer, None)
 
+    def _place(self, spec: TensorSpec, offset: int) -> torch.Tensor:
+        return self._buffer.memory[offset : offset + spec.size_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+
+    def _copy_and_checksum(self, spec: TensorSpec, offset: int, tensor: torch.Tensor) -> int:
+        """Chunk by chunk, so that what is hashed is still in the cache."""
+        source = tensor.reshape(-1).view(torch.uint8).numpy()
+        target = self._buffer.memory[offset : offset + spec.size_bytes].numpy()
+        hasher = xxhash.xxh3_64()
+        for start in range(0, len(source), CHUNK_BYTES):
+            chunk = target[start : start + CHUNK_BYTES]
+            np.copyto(chunk, source[start : start + CHUNK_BYTES])
+            hasher.update(chunk.data)
+        return hasher.intdigest()
+
     def _checksum(self, spec: TensorSpec, offset: int) -> int:
-        return xxhash.xxh3_64_intdigest(self._buffer.memory[offset : offset + spec.size_bytes].numpy())
+        return xxhash.xxh3_64_intdigest(_bytes(self._buffer.memory)[offset : offset + spec.size_bytes])
+
+
+def _bytes(memory: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor in host memory."""
+    return memory.numpy().data
 
 
 def _allocate(total_bytes: int) -> torch.Tensor:

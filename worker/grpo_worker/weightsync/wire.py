@@ -1,10 +1,10 @@
 """The bytes on a weight-sync connection.
 
-Invariant: every request carries the token and is answered by one header frame; only a header without an error is followed by raw
-bytes, exactly `length` of them. Each socket operation has a limit.
+Invariant: every request carries the token and is answered by one header frame; only a header without an error is
+followed by raw bytes, exactly `length` of them. Each socket operation has a limit.
 
-Client to server: frame(Request). Server to client: frame(Reply), then for a range `length` raw bytes. A frame is 4 bytes
-little-endian length and msgpack.
+Client to server: frame(Request). Server to client: frame(Reply), then for a range `length` raw bytes. A frame is 4
+bytes little-endian length and msgpack.
 """
 
 import socket
@@ -49,7 +49,8 @@ def send_frame(connection: socket.socket, message: object) -> None:
 
 
 def receive_frame(connection: socket.socket, kind: type[T]) -> T:
-    """Raises ConnectionError when the peer closes, OSError on a time-out, msgspec.DecodeError when it is not our protocol."""
+    """Raises ConnectionError when the peer closes, OSError on a time-out, msgspec.DecodeError when it is not our
+    protocol."""
     header = bytearray(_LENGTH.size)
     receive_exactly(connection, memoryview(header))
     (length,) = _LENGTH.unpack(header)

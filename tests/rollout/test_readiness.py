@@ -1,0 +1,119 @@
+"""When a replica is ready, and what its start-up errors say."""
+
+from pathlib import Path
+
+import pytest
+
+from grpo_worker.errors import ConfigError, DataError, DeviceError
+from grpo_worker.protocol.messages import HeartbeatReply, VersionSpan
+from grpo_worker.rollout.heartbeat import unready_reason
+from grpo_worker.rollout.options import EngineOptions, engine_environment, resolve_model, startup_error
+from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack, version_of_tag
+
+
+@pytest.mark.parametrize(
+    ("version", "policy", "staleness", "age", "problem", "reason"),
+    [
+        (5, 5, 0, 0, "", ""),
+        (4, 5, 0, 0, "", "weight version 4 is outside [5, 5]"),
+        (4, 5, 1, 0, "", ""),
+        (3, 5, 1, 0, "", "weight version 3 is outside [4, 5]"),
+        (6, 5, 1, 0, "", "weight version 6 is outside [4, 5]"),
+        (None, 5, 1, 0, "", "no weights were applied yet; policy version 5 is current"),
+        (5, None, 1, 0, "", "the coordinator has no policy version yet"),
+        (5, 5, 0, 31, "", "the coordinator has not answered for 31 s (limit 30 s)"),
+        (5, 5, 0, 0, "the engine is dead", "the engine is dead"),
+    ],
+)
+def test_ready_means_a_healthy_engine_a_present_coordinator_and_current_weights(
+    version: int | None, policy: int | None, staleness: int, age: float, problem: str, reason: str
+) -> None:
+    reply = HeartbeatReply(incarnation="a", policy_version=policy, max_staleness=staleness)
+    assert (
+        unready_reason(
+            engine_problem=problem, weight_version=version, reply=reply, reply_age_seconds=age, lost_after_seconds=30
+        )
+        == reason
+    )
+
+
+def test_before_the_first_answer_a_replica_is_not_ready() -> None:
+    reason = unready_reason(engine_problem="", weight_version=5, reply=None, reply_age_seconds=0, lost_after_seconds=30)
+    assert reason == "the coordinator has not answered yet"
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "spans"),
+    [
+        ([(-1, 0)], 3, [(-1, 0, 3)]),
+        ([(1, 0), (2, 2)], 5, [(1, 0, 2), (2, 2, 5)]),
+        ([(1, 0), (2, 0)], 5, [(2, 0, 5)]),  # swapped before its first token
+        ([(1, 0), (2, 2), (3, 2)], 5, [(1, 0, 2), (3, 2, 5)]),  # two swaps without a token between them
+        ([(1, 0), (2, 5)], 5, [(1, 0, 5)]),  # finished when the second came
+        ([(1, 0)], 0, []),
+    ],
+)
+def test_spans_cover_a_response_without_gap(
+    changes: list[tuple[int, int]], tokens: int, spans: list[tuple[int, int, int]]
+) -> None:
+    assert VersionTrack(changes).spans(tokens) == [VersionSpan(*span) for span in spans]
+
+
+def test_version_labels_of_the_engine_are_numbers() -> None:
+    assert (version_of_tag("17"), version_of_tag("default")) == (17, INITIAL_VERSION)
+
+
+OPTIONS = EngineOptions(model_path="m", max_model_len=4096)
+KV_CACHE = (
+    "Traceback ...\nValueError: To serve at least one request with the model's max seq len (4096), (2.0 GiB KV cache is needed, which "
+    "is larger than the available KV cache memory (1.0 GiB). Try decreasing `max_model_len`.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "raised", "on_gpu", "kind", "parts"),
+    [
+        (
+            KV_CACHE,
+            "Engine core initialization failed",
+            False,
+            ConfigError,
+            ["2.0 GiB KV cache", "rollout.cpuKVCacheGiB (now 1)", "4096"],
+        ),
+        (
+            KV_CACHE,
+            "Engine core initialization failed",
+            True,
+            ConfigError,
+            ["rollout.gpuMemoryUtilization (now 0.6)", "maxModelLen"],
+        ),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "failed", True, ConfigError, ["CUDA out of memory"]),
+        ("RuntimeError: CUDA error: an illegal memory access", "failed", True, DeviceError, ["illegal memory access"]),
+        ("", "unknown architecture", False, ConfigError, ["unknown architecture", "did not start with m"]),
+    ],
+)
+def test_a_failed_start_says_what_vllm_said_and_what_to_change(
+    log: str, raised: str, on_gpu: bool, kind: type[Exception], parts: list[str]
+) -> None:
+    error = startup_error(RuntimeError(raised), log, OPTIONS, on_gpu)
+    assert type(error) is kind
+    for part in parts:
+        assert part in str(error)
+
+
+def test_a_model_that_is_not_there_names_the_field(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model.path: .*/nothing is not a directory"):
+        resolve_model(str(tmp_path / "nothing"), None)
+    with pytest.raises(DataError, match=r"has no config.json"):
+        resolve_model(str(tmp_path), None)
+
+
+def test_the_worker_shares_the_engines_process_only_on_cpu_without_tensor_parallelism() -> None:
+    def variables(size: int, on_gpu: bool) -> dict[str, str]:
+        options = EngineOptions(model_path="m", max_model_len=1, tensor_parallel_size=size, cpu_kv_cache_gib=3)
+        return engine_environment(options, on_gpu, Path("log.json"))
+
+    assert variables(1, False)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert variables(1, False)["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in variables(2, False)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in variables(1, True)

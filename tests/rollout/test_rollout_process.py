@@ -1,0 +1,183 @@
+"""The whole process: it registers, serves, and ends with the code and the reason of what ended it."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from replica_helpers import TOKEN, Loop, Replica, Trainer, request_of, weights
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from grpo_worker.protocol import auth, codec
+from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
+from grpo_worker.rollout.server import listen
+
+PROGRAM = """
+import json, logging, sys
+from grpo_worker.errors import GRPOError
+logging.basicConfig(level=logging.INFO)
+from grpo_worker.rollout.main import ReplicaOptions, serve
+from grpo_worker.rollout.options import EngineOptions
+import asyncio
+
+if __name__ == "__main__":
+    engine, replica = json.loads(sys.argv[1])
+    try:
+        asyncio.run(serve(EngineOptions(**engine), ReplicaOptions(**replica)))
+    except GRPOError as error:
+        print(json.dumps({"reason": error.reason, "message": str(error)}), flush=True)
+        sys.exit(error.exit_code)
+"""
+
+
+class Coordinator:
+    """Answers heartbeats and remembers them."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.beats: list[Heartbeat] = []
+        self.reply = HeartbeatReply(incarnation="one", policy_version=None, max_staleness=0)
+        app = web.Application(middlewares=[auth.middleware(TOKEN)])
+        app.router.add_post("/v1/members", self._member)
+        self._runner, self.port = loop.run(listen(app, "127.0.0.1", 0))
+
+    async def _member(self, request: web.Request) -> web.Response:
+        self.beats.append(codec.decode(await request.read(), Heartbeat))
+        return web.Response(body=codec.encode(self.reply))
+
+    def wait(
+        self, condition: Callable[[Heartbeat], bool], process: subprocess.Popen[str], seconds: float = 300
+    ) -> Heartbeat:
+        """The first heartbeat from now on that meets the condition."""
+
+        async def poll() -> Heartbeat:
+            seen = len(self.beats)
+            async with asyncio.timeout(seconds):
+                while True:
+                    assert process.poll() is None, "the replica ended"
+                    for beat in self.beats[seen:]:
+                        if condition(beat):
+                            return beat
+                    await asyncio.sleep(0.05)
+
+        return self.loop.run(poll(), seconds + 5)
+
+    def close(self) -> None:
+        self.loop.run(self._runner.cleanup())
+
+
+def start(tmp_path: Path, model: Path, coordinator_port: int, *, port: int = 0, **engine: Any) -> subprocess.Popen[str]:
+    options = {"model_path": str(model), "max_model_len": 256, "token": TOKEN, **engine}
+    replica = {
+        "name": "rollout-0", "host": "127.0.0.1", "port": port, "coordinator_url": f"http://127.0.0.1:{coordinator_port}", "token": TOKEN,
+        "heartbeat_seconds": 0.1,
+    }  # fmt: skip
+    program = tmp_path / "replica.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), json.dumps([options, replica])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def last_word(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, dict[str, str]]:
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, json.loads(output.splitlines()[-1]) if output.strip() else {}
+
+
+def test_a_replica_lives_from_starting_to_its_engines_death(
+    tmp_path: Path, model_directory: Path, trainer: Trainer
+) -> None:
+    loop = Loop()
+    with closing(Coordinator(loop)) as coordinator:
+        process = start(tmp_path, model_directory, coordinator.port)
+        try:
+            first = coordinator.wait(lambda beat: beat.state == "starting", process)
+            replica = Replica(loop, None, first.url)  # type: ignore[arg-type]
+            assert replica.get("/healthz") == (503, "the engine is loading the model\n")
+            status, reply = loop.run(replica.post("/v1/generate", codec.encode(request_of({"a": [2]}))))
+            assert (status, reply.reason) == (503, "Starting")
+
+            beat = coordinator.wait(lambda beat: beat.state == "ready", process)
+            assert beat.weight_version is None
+            assert beat.instance == first.instance
+            assert replica.get("/readyz") == (503, "the coordinator has no policy version yet\n")
+
+            source = trainer.publish(100, weights(100))
+            assert replica.apply(source)[0] == 200
+            coordinator.reply = HeartbeatReply(incarnation="one", policy_version=100, max_staleness=0)
+            beat = coordinator.wait(lambda beat: beat.weight_version == 100, process)
+            assert beat.weight_digest == source.digest
+            coordinator.wait(lambda _: replica_ready(beat.url), process)
+            assert replica.generate(request_of({"a": [2]}, min_weight_version=100))["a"].error is None
+            beat = coordinator.wait(lambda beat: beat.stats["generated_tokens_total"] >= 16, process)
+
+            coordinator.reply = HeartbeatReply(incarnation="two", policy_version=100, max_staleness=0)
+            coordinator.wait(lambda beat: beat.weight_version is None, process)
+            assert replica.get("/readyz")[0] == 503
+            assert replica.apply(source)[0] == 200
+            coordinator.wait(lambda beat: beat.weight_version == 100, process)
+
+            (engine_process,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1:]
+            os.kill(int(engine_process), signal.SIGKILL)
+            code, word = last_word(process)
+            assert code == 85
+            assert word["reason"] == "EngineDead"
+        finally:
+            process.kill()
+
+
+def replica_ready(url: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as response:
+            return bool(response.status == 200)
+    except urllib.error.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["signal", "coordinator"])
+def test_a_replica_that_is_told_to_stop_ends_with_0_even_while_it_loads(
+    tmp_path: Path, model_directory: Path, how: str
+) -> None:
+    with closing(Coordinator(Loop())) as coordinator:
+        process = start(tmp_path, model_directory, coordinator.port)
+        try:
+            coordinator.wait(lambda beat: beat.state == "starting", process)
+            if how == "signal":
+                process.send_signal(signal.SIGTERM)
+            else:
+                coordinator.reply = HeartbeatReply(incarnation="one", policy_version=None, max_staleness=0, stop=True)
+            assert last_word(process, 30) == (0, {})
+        finally:
+            process.kill()
+
+
+def test_a_port_in_use_ends_the_process_before_the_model_is_loaded(tmp_path: Path, model_directory: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        code, word = last_word(start(tmp_path, model_directory, 1, port=port))
+    assert (code, word["reason"]) == (78, "InvalidConfiguration")
+    assert f"network.rolloutPort: port {port} of 127.0.0.1 is in use" in word["message"]
+
+
+def test_too_little_memory_for_one_sequence_is_told_with_vllms_numbers(tmp_path: Path) -> None:
+    """128 KiB of KV cache a token: 1 GiB holds 8192."""
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=64, num_key_value_heads=64,
+        head_dim=128, max_position_embeddings=16384, eos_token_id=1, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "wide")
+    code, word = last_word(start(tmp_path, tmp_path / "wide", 1, max_model_len=16384))
+    assert (code, word["reason"]) == (78, "InvalidConfiguration")
+    for part in ("GiB KV cache is needed", "rollout.cpuKVCacheGiB (now 1)", "rollout.maxModelLen (now 16384 tokens"):
+        assert part in word["message"]

@@ -1,0 +1,116 @@
+"""One rank of a trainer for test_trainer_ranks.py: runs a named scenario, rank 0 writes what it saw.
+
+Usage: rank_process.py MODEL OUTPUT SCENARIO[=CHECKPOINT]... `serve` is the real trainer process, on the port that
+OUTPUT holds. The ranks are those of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from trainer_helpers import batch_message, options_for, recorded_update, sequences_of, whole_parameters
+
+from grpo_worker.errors import GRPOError
+from grpo_worker.protocol.messages import LoadRequest, LogProbsRequest, PublishRequest, SaveRequest, UpdateRequest
+from grpo_worker.trainer.distributed import Ranks, join, leave
+from grpo_worker.trainer.engine import TrainerEngine
+from grpo_worker.trainer.main import run_rank
+
+LENGTHS = [(5, 7), (3, 20), (10, 4), (6, 6), (2, 1), (4, 11), (8, 3), (1, 9)]
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+SAVE_LIMIT_SECONDS = 60.0
+
+
+def train(engine: TrainerEngine, first: int, last: int) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for step in range(first, last + 1):
+        batch = batch_message(LENGTHS, seed=step, mini_batches=[4, 4])
+        metrics = engine.run(UpdateRequest(step=step, batch=batch)).metrics  # type: ignore[union-attr]
+    return metrics
+
+
+def save(engine: TrainerEngine, directory: Path, step: int) -> Any:
+    engine.run(SaveRequest(directory=str(directory), step=step))
+    return engine.save_status(SAVE_LIMIT_SECONDS)
+
+
+def gradients(model: Path, ranks: Ranks, _: Path) -> Any:
+    result = {}
+    for mode in MODES:
+        options = options_for(model, loss={"loss_agg_mode": mode, "use_kl_loss": True}, micro_batch_size_per_gpu=2)
+        result[mode] = recorded_update(options, sequences_of(LENGTHS), ranks)
+    # Two sequences on more ranks than one: some of them compute padding alone.
+    result["padding"] = recorded_update(options_for(model, max_token_len_per_gpu=8), sequences_of([(9, 20)]), ranks)
+    return result
+
+
+def straight(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
+    """Four steps, with a save after the second; log-probs and the published digest at the end."""
+    engine = TrainerEngine(options_for(model, reference=True), ranks)
+    train(engine, 1, 2)
+    torch.rand(3)
+    status = save(engine, checkpoint, 2)
+    middle = whole_parameters(engine.model)
+    noise = torch.rand(4)
+    metrics = train(engine, 3, 4)
+    reply = engine.run(LogProbsRequest(batch=batch_message(LENGTHS), actor=True, reference=True))
+    source = engine.run(PublishRequest(version=4)).store  # type: ignore[union-attr]
+    parameters = whole_parameters(engine.model)
+    manifest = engine.store.current if engine.store else None
+    names = [(entry.name, entry.shape, entry.dtype) for entry in manifest.tensors] if manifest else []
+    engine.close()
+    return {
+        "status": (status.done, status.error, status.files),
+        "middle": middle,
+        "parameters": parameters,
+        "noise": noise,
+        "metrics": metrics,
+        "log_probs": reply.log_probs.numpy().tolist(),  # type: ignore[union-attr]
+        "ref_log_probs": reply.ref_log_probs.numpy().tolist(),  # type: ignore[union-attr]
+        "digest": source.digest,
+        "published": names,
+    }
+
+
+def resumed(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
+    """A fresh process: load the checkpoint of `straight`, then its steps three and four."""
+    engine = TrainerEngine(options_for(model), ranks)
+    step = engine.run(LoadRequest(directory=str(checkpoint))).step  # type: ignore[union-attr]
+    middle = whole_parameters(engine.model)
+    noise = torch.rand(4)
+    metrics = train(engine, 3, 4)
+    source = engine.run(PublishRequest(version=4)).store  # type: ignore[union-attr]
+    parameters = whole_parameters(engine.model)
+    engine.close()
+    return {
+        "step": step,
+        "middle": middle,
+        "parameters": parameters,
+        "noise": noise,
+        "metrics": metrics,
+        "digest": source.digest,
+    }
+
+
+def main() -> None:
+    model, output, *scenarios = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+    if scenarios == ["serve"]:
+        try:
+            run_rank(options_for(model, port=int(output.read_text()), collective_timeout_seconds=60.0))
+        except GRPOError as error:
+            sys.exit(error.exit_code)
+        return
+    ranks = join("cpu", 60.0, seed=0)
+    results = {}
+    for scenario in scenarios:
+        name, _, checkpoint = scenario.partition("=")
+        run = {"gradients": gradients, "straight": straight, "resumed": resumed}[name]
+        results[scenario] = run(model, ranks, Path(checkpoint))
+    if ranks.is_first:
+        torch.save(results, output)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

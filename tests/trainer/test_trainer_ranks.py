@@ -1,0 +1,139 @@
+"""Several ranks, as real processes over Gloo: the same gradients, checkpoints that reshard, weights that publish."""
+
+import json
+import stat
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from rank_process import LENGTHS, MODES, straight
+from trainer_helpers import (
+    options_for,
+    recorded_update,
+    relative_difference,
+    save_tiny_model,
+    sequences_of,
+    single_rank,
+)
+from transformers import AutoModelForCausalLM
+
+from grpo_worker.trainer.launch import Placement, run_ranks
+
+PROGRAM = Path(__file__).with_name("rank_process.py")
+
+
+def run(model: Path, output: Path, ranks: int, scenarios: list[str]) -> Any:
+    command = [sys.executable, str(PROGRAM), str(model), str(output), *scenarios]
+    assert run_ranks(command, Placement(nodes=1, ranks_per_node=ranks), stop=threading.Event()) == 0
+    return torch.load(output, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {ranks: folder / f"of-{ranks}" for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(model: Path, checkpoints: dict[int, Path]) -> Any:
+    scenarios = ["gradients", f"straight={checkpoints[2]}"]
+    results = run(model, checkpoints[2].with_suffix(".pt"), 2, scenarios)
+    return {name.partition("=")[0]: result for name, result in results.items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: Path, checkpoints: dict[int, Path], on_two_ranks: Any) -> dict[int, Any]:
+    """Four steps in one process, by number of ranks; one rank runs right here."""
+    return {1: straight(model, single_rank(), checkpoints[1]), 2: on_two_ranks["straight"]}
+
+
+@pytest.fixture(scope="module")
+def again(model: Path, checkpoints: dict[int, Path], unbroken: dict[int, Any]) -> dict[str, Any]:
+    """Fresh processes that load and go on: from 1 on 1, from 2 on 2, from 2 on 1."""
+    one = run(model, checkpoints[1].with_suffix(".1"), 1, [f"resumed={checkpoints[1]}", f"resumed={checkpoints[2]}"])
+    two = run(model, checkpoints[2].with_suffix(".2"), 2, [f"resumed={checkpoints[2]}"])
+    return {
+        "1 on 1": one[f"resumed={checkpoints[1]}"],
+        "2 on 1": one[f"resumed={checkpoints[2]}"],
+        "2 on 2": two[f"resumed={checkpoints[2]}"],
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_have_the_gradient_of_one(model: Path, on_two_ranks: Any, mode: str) -> None:
+    options = options_for(model, loss={"loss_agg_mode": mode, "use_kl_loss": True})
+    gradients, metrics = recorded_update(options, sequences_of(LENGTHS), single_rank())
+    other, other_metrics = on_two_ranks["gradients"][mode]
+    assert relative_difference(other[0], gradients[0]) < 1e-6
+    for name in ("pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "grad_norm"):
+        assert other_metrics[f"actor/{name}"] == pytest.approx(metrics[f"actor/{name}"], rel=1e-4), name
+
+
+def test_a_rank_without_a_sequence_changes_nothing(model: Path, on_two_ranks: Any) -> None:
+    gradients, _ = recorded_update(options_for(model), sequences_of([(9, 20)]), single_rank())
+    assert relative_difference(on_two_ranks["gradients"]["padding"][0][0], gradients[0]) < 1e-6
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_save_load_steps_equal_unbroken_steps_bit_for_bit(
+    unbroken: dict[int, Any], again: dict[str, Any], ranks: int
+) -> None:
+    expected, resumed = unbroken[ranks], again[f"{ranks} on {ranks}"]
+    assert expected["status"][:2] == (True, "")
+    assert resumed["step"] == 2
+    assert torch.equal(resumed["noise"], expected["noise"])
+    for name, value in expected["parameters"].items():
+        assert torch.equal(resumed["parameters"][name], value), name
+    assert resumed["metrics"]["actor/grad_norm"] == expected["metrics"]["actor/grad_norm"]
+    assert resumed["digest"] == expected["digest"]
+
+
+def test_two_ranks_checkpoint_loads_on_one(unbroken: dict[int, Any], again: dict[str, Any]) -> None:
+    for name, value in unbroken[2]["middle"].items():
+        assert torch.equal(again["2 on 1"]["middle"][name], value), name
+    assert relative_difference(again["2 on 1"]["parameters"], unbroken[2]["parameters"]) < 1e-5
+
+
+def test_one_and_two_ranks_train_alike(unbroken: dict[int, Any]) -> None:
+    one, two = unbroken[1], unbroken[2]
+    assert relative_difference(two["parameters"], one["parameters"]) < 1e-5
+    assert two["log_probs"] == pytest.approx(one["log_probs"], abs=1e-3)
+    assert two["ref_log_probs"] == pytest.approx(one["ref_log_probs"], abs=1e-5)
+    assert one["ref_log_probs"] != pytest.approx(one["log_probs"], abs=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_saved_file_is_listed_hashed_and_readable_by_the_group(
+    unbroken: dict[int, Any], checkpoints: dict[int, Path], ranks: int
+) -> None:
+    checkpoint, files = checkpoints[ranks], unbroken[ranks]["status"][2]
+    assert set(files) == {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    for name, digest in files.items():
+        assert digest == f"xxh3:{xxhash.xxh3_64_hexdigest((checkpoint / name).read_bytes())}"
+        assert (checkpoint / name).stat().st_mode & 0o640 == 0o640
+    for directory in [checkpoint, *(p for p in checkpoint.rglob("*") if p.is_dir())]:
+        assert stat.S_IMODE(directory.stat().st_mode) & 0o750 == 0o750
+    assert json.loads((checkpoint / "state" / "trainer.json").read_text())["world_size"] == ranks
+
+
+def test_the_actor_folder_loads_in_transformers(unbroken: dict[int, Any], checkpoints: dict[int, Path]) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoints[2] / "actor", dtype=torch.float32)
+    parameters = dict(loaded.named_parameters())
+    assert set(parameters) == set(unbroken[2]["middle"])
+    for name, value in unbroken[2]["middle"].items():
+        assert torch.equal(parameters[name], value), name
+
+
+def test_published_tensors_are_the_checkpoints_names_in_order(model: Path, unbroken: dict[int, Any]) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    expected = [(name, tuple(p.shape), "float32") for name, p in plain.named_parameters()]
+    assert unbroken[1]["published"] == unbroken[2]["published"] == expected

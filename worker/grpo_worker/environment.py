@@ -1,0 +1,15 @@
+"""Names of the environment variables by which a supervisor (the operator or `grpo run`) tells a process of a job what it is.
+
+Invariant: a name stands here once; who sets it and who reads it import it.
+"""
+
+RUN_DIRECTORY = "GRPO_RUN_DIR"  # where the run keeps its files
+JOB_TOKEN = "GRPO_JOB_TOKEN"  # guards every port of the job
+COORDINATOR_URL = "GRPO_COORDINATOR_URL"
+COORDINATOR_PORT = "GRPO_COORDINATOR_PORT"  # what the coordinator listens on, in place of network.coordinatorPort
+LISTEN_HOST = "GRPO_LISTEN_HOST"  # address that servers bind; 0.0.0.0 in a pod
+ADVERTISED_HOST = "GRPO_ADVERTISED_HOST"  # address under which the others reach this process; the pod's IP
+MEMBER_NAME = "GRPO_MEMBER_NAME"  # for example rollout-0; the same after a restart
+REPLICA_INDEX = "GRPO_REPLICA_INDEX"  # of a rollout server
+TERMINATION_LOG = "GRPO_TERMINATION_LOG"  # file that takes the last word of a process
+PARENT_PID = "GRPO_PARENT_PID"  # a local child dies with this process
