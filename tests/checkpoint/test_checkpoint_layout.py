@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import save
+
 from grpo_worker.checkpoint import CheckpointName, latest, layout, list_checkpoints
 
 

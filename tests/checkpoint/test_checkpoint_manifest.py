@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import xxhash
 from checkpoint_files import FILES, fill, save
+
 from grpo_worker.checkpoint import checksum_file, read_manifest, verify, write_manifest
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
 
@@ -95,7 +96,7 @@ def test_only_a_part_can_be_verified(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, 20)
     (checkpoint / "state/.metadata").unlink()
     verify(checkpoint, below="actor")
-    with pytest.raises(CheckpointDamagedError, match="state/.metadata"):
+    with pytest.raises(CheckpointDamagedError, match=r"state/\.metadata"):
         verify(checkpoint, below="state")
     with pytest.raises(CheckpointDamagedError, match="the manifest lists no file below it"):
         verify(checkpoint, below="acto")

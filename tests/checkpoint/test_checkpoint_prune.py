@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import save
+
 from grpo_worker.checkpoint import CheckpointTransaction, list_checkpoints, prune, remove_leftovers
 from grpo_worker.checkpoint.layout import CheckpointName, set_latest
 from grpo_worker.checkpoint.prune import to_remove

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import FILES, save
+
 from grpo_worker.checkpoint import find_resume
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
 

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from grpo_worker.data.tokenizer import load_tokenizer
 from grpo_worker.demo.tasks import RESPONSE_TOKENS, Problem, split_problems, worked_response
 from grpo_worker.demo.tokenizer import CHARACTERS, EOS, VOCABULARY, build_tokenizer
@@ -68,6 +69,7 @@ def test_training_and_held_out_problems_are_disjoint_and_fixed_by_the_seed() -> 
 
 def test_the_weights_follow_from_the_seed_and_leave_torchs_generator_alone() -> None:
     import torch
+
     from grpo_worker.demo.model import build_model
 
     torch.manual_seed(7)
@@ -84,6 +86,7 @@ def test_the_warm_up_is_a_function_of_its_seed_and_never_shows_held_out_problems
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
+
     from grpo_worker.demo import warmup
     from grpo_worker.demo.model import build_model
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from grpo_worker.demo.prepare import HELD_OUT_PROBLEMS, TRAIN_PROBLEMS, DemoPaths, main, prepare_demo
 from grpo_worker.demo.warmup import Recipe
 from grpo_worker.errors import ConfigError, DataError, ExitCode
@@ -21,7 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
 
 
 def test_the_files_are_what_a_job_reads(demo: DemoPaths) -> None:
-    train, held_out = pq.read_table(demo.train_file), pq.read_table(demo.test_file)
+    train, held_out = pq.read_table(demo.train), pq.read_table(demo.test)
     assert train.column_names == held_out.column_names == ["prompt", "response", "reward"]
     assert (train.num_rows, held_out.num_rows) == (TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
     assert not set(train["prompt"].to_pylist()) & set(held_out["prompt"].to_pylist())
@@ -64,9 +65,9 @@ def test_what_does_not_fit_the_stamp_is_made_again(tmp_path: Path, damage: str) 
     elif damage == "stamp":
         (tmp_path / "demo.json").write_text("{")
     elif damage == "missing":
-        first.test_file.unlink()
+        first.test.unlink()
     again = _prepare(tmp_path, seed=2 if damage == "seed" else 1)
-    assert not again.reused and again.test_file.is_file()
+    assert not again.reused and again.test.is_file()
     assert ((first.model / "model.safetensors").read_bytes() == weights) == (damage != "seed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "model", "test.parquet", "train.parquet"]
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
+
 from grpo_worker.config import Spec, load_job
 from grpo_worker.config.base import camel
-from pydantic import BaseModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FULL_SIZE = EXAMPLES / "qwen3-8b-gsm8k.yaml"

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from grpo_worker.checkpoint import CheckpointTransaction
 from grpo_worker.data.tokenizer import describe
 from grpo_worker.demo.model import build_model

@@ -217,7 +217,7 @@ def test_a_users_loss_is_found_by_module_or_file(tmp_path: Path, model: Path) ->
         "def reinforce(inputs):\n"
         "    return PolicyLossOutput(-inputs.advantages * inputs.log_probs * inputs.mask, {})\n"
     )
-    gradients, metrics = recorded_update(
+    _, metrics = recorded_update(
         options_for(model, loss={"loss_mode": f"{file}:reinforce"}), sequences_of(LENGTHS), single_rank()
     )
     assert metrics["actor/grad_norm"] > 0

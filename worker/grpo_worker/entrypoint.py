@@ -20,8 +20,7 @@ from grpo_worker.errors import ExitCode, GRPOError
 
 ROLES = ("coordinator", "trainer", "rollout")
 _PR_SET_PDEATHSIG = 1
-# The kubelet keeps 4096 bytes of a termination message.
-MAX_MESSAGE_CHARACTERS = 3000
+MAX_LAST_WORD_BYTES = 4096  # what the kubelet keeps of a termination message
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="grpo-worker", description="One role of a GRPO job.")
     parser.add_argument("role", choices=ROLES)
     parser.add_argument("--job", required=True, help="the GRPOJob document (YAML)")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as end:  # argparse's own: 0 after --help, 2 for a wrong command line
+        sys.exit(int(ExitCode.USAGE) if end.code == 2 else end.code)
     _die_with_parent()
     sys.exit(run(options.role, options.job))
 
@@ -83,7 +85,9 @@ def _last_word(reason: str, message: str, context: dict[str, object]) -> None:
     path = os.environ.get(TERMINATION_LOG)
     if not path:
         return
-    text = json.dumps({"reason": reason, "message": message[:MAX_MESSAGE_CHARACTERS], **context})
+    message = message[:MAX_LAST_WORD_BYTES]
+    while len(text := json.dumps({"reason": reason, "message": message, **context})) > MAX_LAST_WORD_BYTES and message:
+        message = message[: len(message) * 9 // 10]  # escapes make it longer than its characters
     try:
         Path(path).write_text(text)
     except OSError as error:

@@ -24,6 +24,7 @@ class Section(BaseModel):
         extra="forbid",
         frozen=True,
         strict=True,
+        allow_inf_nan=False,
         validate_default=False,
         use_attribute_docstrings=False,
     )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -51,6 +51,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *anchor`: what the mapping says itself wins, so its keys are no duplicates
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key has to be text", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
@@ -92,7 +96,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> GRPOJob:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from error
     document = parse_yaml(text, str(file))
-    for override in overrides:
+    for override in overrides if isinstance(document, dict) else ():
         _override(document, override)
     return job_from_document(document, str(file))
 
@@ -154,7 +158,7 @@ _REMEDIES = {
 
 def _issue(detail: Mapping[str, Any]) -> Issue:
     kind, location = detail["type"], [str(part) for part in detail["loc"]]
-    path = ".".join(location)
+    path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in location).removeprefix(".")
     value = None if isinstance(detail.get("input"), Mapping) or kind == "missing" else detail.get("input")
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -162,22 +166,41 @@ def _issue(detail: Mapping[str, Any]) -> Issue:
         lower = [key for key in known if key.lower() == location[-1].replace("_", "").lower()]
         hint = f"Did you mean {' or '.join(lower or near)}?" if lower or near else f"Known here: {', '.join(known)}."
         return Issue(path, value, "unknown field", hint)
-    message = str(detail["msg"])
+    message = "input should be a mapping" if kind == "model_type" else str(detail["msg"])
     rule = message[0].lower() + message[1:]
-    return Issue(path, value, rule, _REMEDIES.get(kind, ""))
+    remedy = f"Expected: {_description(location)}" if kind == "string_pattern_mismatch" else _REMEDIES.get(kind, "")
+    return Issue(path, value, rule, remedy)
+
+
+def _description(location: Sequence[str]) -> str:
+    *parents, last = [part for part in location if not part.isdigit()]
+    section = _section(parents)
+    fields = section.model_fields.values() if section else ()
+    return next((info.description or "" for info in fields if info.alias == last), "")
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:
-    model: Any = GRPOJob
-    for key in location:
+    section = _section(location)
+    return [str(info.alias) for info in section.model_fields.values()] if section else []
+
+
+def _section(location: Sequence[str]) -> type[BaseModel] | None:
+    """The model of the section at this path."""
+    model: type[BaseModel] = GRPOJob
+    for key in (part for part in location if not part.isdigit()):  # a number is a place in a list of sections
         for info in model.model_fields.values():
             annotation = info.annotation
-            if info.alias == key and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
+            section = next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
+            if info.alias == key and section is not None:
+                model = section
                 break
         else:
-            return []
-    return [str(info.alias) for info in model.model_fields.values()]
+            return None
+    return model
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _short(value: Any) -> str:

@@ -31,7 +31,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "actor.useKLLoss",
         lambda s: not (s.algorithm.use_kl_in_reward and s.actor.use_kl_loss),
-        "!(self.algorithm.useKLInReward && has(self.actor.useKLLoss) && self.actor.useKLLoss)",
+        "!(self.algorithm.useKLInReward && (has(self.actor.useKLLoss) ? self.actor.useKLLoss : "
+        "has(self.algorithm.preset) && self.algorithm.preset == 'GRPO'))",
         "algorithm.useKLInReward and actor.useKLLoss are both on, so the KL would count twice",
         "Set one of them to false (preset GRPO turns useKLLoss on).",
         lambda s: s.actor.use_kl_loss,

@@ -98,7 +98,7 @@ class WeightSync:
     async def publish(self, version: int) -> SyncReport:
         """Publish `version` and apply it to every living engine. Engines that fail leave service and are tried again by `join`.
 
-        Raises PeerLostError when there were engines and none took the version in time.
+        Raises TrainerLost, TrainerFailed.
         """
         started = time.monotonic()
         self._publishing = True  # `join_forever` leaves the engines to us

@@ -40,8 +40,8 @@ class DemoPaths:
     """What `prepare_demo` made. `start_accuracy` is the greedy accuracy on the held-out problems, 0 to 1."""
 
     model: Path
-    train_file: Path
-    test_file: Path
+    train: Path
+    test: Path
     start_accuracy: float
     reused: bool
 
@@ -60,13 +60,13 @@ def prepare_demo(
         ConfigError: the directory cannot be written. DataError: the warm-up missed its accuracy window (another seed helps).
     """
     recipe = recipe or Recipe()
-    model, train_file, test_file = directory / "model", directory / "train.parquet", directory / "test.parquet"
+    model, train, test = directory / "model", directory / "train.parquet", directory / "test.parquet"
     digest = _digest(seed, recipe)
     stamp = _read_stamp(directory)
     if stamp and stamp.get("digest") == digest and _files_fit(directory, stamp.get("files")):
         report(f"{directory}: is up to date")
-        return DemoPaths(model, train_file, test_file, float(stamp["start_accuracy"]), reused=True)
-    train, held_out = split_problems(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
+        return DemoPaths(model, train, test, float(stamp["start_accuracy"]), reused=True)
+    train_problems, held_out = split_problems(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
     staged = directory / ".tmp-model"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,9 @@ def prepare_demo(
         start_accuracy = _make_model(staged, held_out, seed, recipe, accuracy_window, report)
         shutil.rmtree(model, ignore_errors=True)
         os.rename(staged, model)
-        write_shuffled(_table(train), train_file, seed=seed, row_group_rows=256, overwrite=True)
-        write_shuffled(_table(held_out), test_file, seed=seed, row_group_rows=256, overwrite=True)
-        made = [train_file, test_file, *sorted(path for path in model.rglob("*") if path.is_file())]
+        write_shuffled(_table(train_problems), train, seed=seed, row_group_rows=256, overwrite=True)
+        write_shuffled(_table(held_out), test, seed=seed, row_group_rows=256, overwrite=True)
+        made = [train, test, *sorted(path for path in model.rglob("*") if path.is_file())]
         stamp = {
             "digest": digest,
             "seed": seed,
@@ -90,8 +90,8 @@ def prepare_demo(
         raise ConfigError(f"{directory}: the demo cannot be written: {error}. Choose another directory.") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    report(f"{directory}: {len(train)} training and {len(held_out)} held-out problems")
-    return DemoPaths(model, train_file, test_file, start_accuracy, reused=False)
+    report(f"{directory}: {len(train_problems)} training and {len(held_out)} held-out problems")
+    return DemoPaths(model, train, test, start_accuracy, reused=False)
 
 
 def _make_model(
@@ -168,10 +168,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prepare, and say what was done. Raises ConfigError, DataError."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of the one file that is saved
     paths = prepare_demo(
         arguments.directory, arguments.seed, report=lambda line: print(line, file=sys.stderr, flush=True)
     )
-    print(f"model {paths.model}, training {paths.train_file}, held out {paths.test_file}")
+    print(f"model {paths.model}, training {paths.train}, held out {paths.test}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -100,7 +100,9 @@ def engine_environment(options: EngineOptions, on_gpu: bool, log_config: Path) -
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is on disk by now
     }
-    if not on_gpu:
+    if on_gpu:
+        variables["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # CUDA does not survive a fork, and we have looked at it
+    else:
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kv_cache_gib)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer may share these cores; OMP_NUM_THREADS decides
         if options.tensor_parallel_size == 1:

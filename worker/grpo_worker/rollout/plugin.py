@@ -19,6 +19,7 @@ import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from grpo_worker.rollout.orphan import end_with_parent
 from grpo_worker.weightsync.manifest import Manifest
 
 BACKEND = "grpo_store"
@@ -28,6 +29,7 @@ def register() -> None:
     """Make the backend known to this process. May be called more than once."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, "StoreTransferEngine")
+        end_with_parent()
 
 
 @dataclass

@@ -53,7 +53,6 @@ def join(device: str, timeout_seconds: float, seed: int) -> Ranks:
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=place if place.type == "cuda" else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     saving = dist.new_group(backend="gloo", timeout=timeout)

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Attention costs about as much as the matrix products of a layer at this length (6 x hidden size, hidden size 1024 and up).
+# Length at which causal attention costs as much as a layer's matrix products: 6 x hidden size, here for 1024.
 ATTENTION_PARITY_TOKENS = 6144
 
 
@@ -52,6 +52,8 @@ def plan_micro_batches(
         plans = [[bins[b] for b in share] for share in _balance_costs(weights, ranks)]
     width = max(len(plan) for plan in plans)
     for plan in plans:
+        for members in plan:
+            members.sort()
         # Longest first: the step's peak of memory comes at once, not after minutes.
         plan.sort(key=lambda members: (-sum(lengths[i] for i in members), members))
         plan.extend([] for _ in range(width - len(plan)))

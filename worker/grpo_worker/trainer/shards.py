@@ -116,7 +116,7 @@ class ShardStore:
             dcp.load(
                 self._tensors(),
                 storage_reader=dcp.FileSystemReader(below),
-                process_group=self.ranks.control if self.ranks.world_size > 1 else None,
+                process_group=self.ranks.control,
             )
             state = TrainerState(facts["step"], facts["updates"], facts["skipped_updates"])
             self._restore_generators(below, facts)

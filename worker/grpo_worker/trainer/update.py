@@ -122,7 +122,7 @@ class Updater:
         self, sequences: Sequences, members: range, sums: dict[str, Tensor], facts: dict[str, list[float]]
     ) -> None:
         started = time.perf_counter()
-        lengths = [sequences.lengths[i] for i in members]
+        lengths = sequences.lengths[members.start : members.stop]
         budget = self.options.max_token_len_per_gpu
         plan = plan_micro_batches(
             lengths, self.ranks.world_size, **_limits(budget, self.options.micro_batch_size_per_gpu)

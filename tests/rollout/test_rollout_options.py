@@ -1,0 +1,38 @@
+"""What a replica takes from the job and from its environment."""
+
+import pytest
+
+from grpo_worker.config.load import job_from_document
+from grpo_worker.rollout.main import options_of
+
+DOCUMENT = {
+    "apiVersion": "grpo.dev/v1alpha1",
+    "kind": "GRPOJob",
+    "metadata": {"name": "job"},
+    "spec": {
+        "model": {"path": "models/tiny"},
+        "data": {"trainFiles": ["train.parquet"], "maxPromptLength": 100, "maxResponseLength": 28},
+        "network": {"rolloutPort": 9000, "weightSyncStreams": 7, "heartbeatSeconds": 0.5},
+    },
+}
+
+
+def test_options_come_from_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_COORDINATOR_URL", "http://10.0.0.1:8000")
+    monkeypatch.setenv("GRPO_ADVERTISED_HOST", "10.0.0.2")
+    monkeypatch.setenv("GRPO_JOB_TOKEN", "secret")
+    engine, replica = options_of(job_from_document(DOCUMENT), 2)
+    assert (engine.model_path, engine.max_model_len, engine.pull_streams, engine.token) == (
+        "models/tiny",
+        128,
+        7,
+        "secret",
+    )
+    assert (replica.name, replica.port, replica.advertised_host) == ("rollout-2", 9002, "10.0.0.2")
+    assert (replica.coordinator_url, replica.heartbeat_seconds) == ("http://10.0.0.1:8000", 0.5)
+
+
+def test_an_engine_argument_sets_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {**DOCUMENT["spec"], "rollout": {"engineArgs": {"max_model_len": 64, "swap_space": 1}}}  # type: ignore[dict-item]
+    engine, _ = options_of(job_from_document({**DOCUMENT, "spec": spec}), 0)
+    assert (engine.max_model_len, engine.engine_args) == (64, {"swap_space": 1})
