@@ -18,7 +18,7 @@ STAMP := $(VENV)/.ready-$(LOCK)
 .PHONY: demo test test-fast lint format bench generated lock clean
 
 demo: $(STAMP)
-	$(BIN)/python -m grpo_worker.demo.show demo
+	$(BIN)/python -m grpo_worker.demo.show
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests

@@ -4,7 +4,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_worker.demo.prepare import HELD_OUT_PROBLEMS, TRAIN_PROBLEMS, DemoPaths, main, prepare_demo
+from grpo_worker.cli.main import call
+from grpo_worker.demo.prepare import HELD_OUT_PROBLEMS, TRAIN_PROBLEMS, DemoPaths, prepare_demo
 from grpo_worker.demo.warmup import Recipe
 from grpo_worker.errors import ConfigError, DataError, ExitCode
 
@@ -82,5 +83,5 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pyte
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="Choose another directory"):
         _prepare(tmp_path / "file" / "demo")
-    assert main([str(tmp_path / "file" / "demo")]) == ExitCode.CONFIG
+    assert call(["demo", "prepare", str(tmp_path / "file" / "demo")]) == ExitCode.CONFIG
     assert "Choose another directory" in capsys.readouterr().err

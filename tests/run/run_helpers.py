@@ -76,7 +76,8 @@ class Run:
 
     def __init__(self, workspace: Workspace, job: Path, directory: str, *arguments: str) -> None:
         self.directory = workspace.root / directory
-        self._log = (workspace.root / f"{directory}.out").open("ab+")
+        self._output = workspace.root / f"{directory}.out"
+        self._log = self._output.open("ab")
         command = [sys.executable, "-m", "grpo_worker.cli.main", "run", str(job), "--run-dir", directory, *arguments]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
@@ -92,8 +93,7 @@ class Run:
             raise AssertionError(f"the run did not end:\n{self.output()[-3000:]}") from None
 
     def output(self) -> str:
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")
+        return self._output.read_text(errors="replace")
 
     def wait_until(self, condition: Callable[[], bool], limit_seconds: float = LIMIT_SECONDS) -> None:
         deadline = time.monotonic() + limit_seconds

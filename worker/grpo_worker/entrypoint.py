@@ -47,7 +47,7 @@ def run(role: str, job_file: str) -> int:
     except Exception as error:
         traceback.print_exc()
         _last_word("UnexpectedError", f"{type(error).__name__}: {error}", {})
-        return 1
+        return int(ExitCode.INTERNAL)
     if code == ExitCode.DONE:
         _last_word("Completed", "", {})
     return code

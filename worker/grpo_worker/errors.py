@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     DONE = 0
     USAGE = 64  # fail now: the command line or the document is wrong
     DATA = 65  # fail now: the data, the model or the reward function is wrong
+    INTERNAL = 70  # start again, counted: something that nobody foresaw
     RETRY = 75  # start again, not counted against the budget
     CONFIG = 78  # fail now: the configuration cannot work on this machine
     YIELDED = 80  # stopped on request after saving
@@ -52,6 +53,13 @@ class ConfigError(GRPOError):
 
     exit_code = ExitCode.CONFIG
     reason = "InvalidConfiguration"
+
+
+class InternalError(GRPOError):
+    """A process died in a way that nobody foresaw."""
+
+    exit_code = ExitCode.INTERNAL
+    reason = "InternalError"
 
 
 class RetryableError(GRPOError):

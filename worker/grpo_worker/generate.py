@@ -3,10 +3,8 @@
 Invariant: weights are loaded only after their checkpoint's manifest was verified, and a prompt that does not fit is refused, never cut.
 """
 
-import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,7 +184,7 @@ async def _run(options: Any, request: "GenerateRequest") -> dict[str, list[list[
             if not isinstance(result, GroupResult):
                 continue
             if result.error_kind == "deadline":
-                raise RetryableError(f"{result.error}. Raise --timeout-seconds, or ask for fewer tokens.")
+                raise RetryableError(f"{result.error}. Ask for fewer tokens or prompts, or give --timeout-seconds.")
             if result.error:
                 raise DataError(result.error)
             completions[result.id] = [sample.token_ids.numpy().tolist() for sample in result.samples]
@@ -222,51 +220,3 @@ def read_prompts(file: Path) -> list[str]:
             raise UsageError(f'--prompts-file {file} line {number}: is not {{"prompt": "text"}}.')
         prompts.append(prompt)
     return prompts
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `grpo generate`."""
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a checkpoint, a directory of checkpoints, a run, or a model"
-    )
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument(
-        "--prompts-file", type=Path, help="a file with one prompt a line, or .jsonl with a key 'prompt'"
-    )
-    parser.add_argument("--temperature", type=float, default=0.3, help="default 0.3; 0 is greedy")
-    parser.add_argument("--top-p", type=float, default=0.9, help="default 0.9")
-    parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
-    parser.add_argument("--max-tokens", type=int, default=256, help="longest completion in tokens, default 256")
-    parser.add_argument("--n", type=int, default=1, help="completions of each prompt, default 1")
-    parser.add_argument("--seed", type=int, default=1, help="default 1")
-    parser.add_argument("--system-prompt", help="as data.systemPrompt of the training")
-    parser.add_argument("--no-chat-template", action="store_true", help="as data.chatTemplate: never of the training")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model, default 1")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.6, help="share of GPU memory, default 0.6")
-    parser.add_argument("--timeout-seconds", type=float, default=600.0, help="limit of the generation, default 600")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt: prompt, completions")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Print the completions. Raises GRPOError subclasses, as `generate` does."""
-    prompts = [*arguments.prompt, *(read_prompts(arguments.prompts_file) if arguments.prompts_file else [])]
-    completions = generate(
-        arguments.checkpoint,
-        prompts,
-        temperature=0.0 if arguments.greedy else arguments.temperature,
-        top_p=arguments.top_p,
-        max_tokens=arguments.max_tokens,
-        n=arguments.n,
-        seed=arguments.seed,
-        system_prompt=arguments.system_prompt,
-        chat_template=not arguments.no_chat_template,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        timeout_seconds=arguments.timeout_seconds,
-    )
-    for prompt, answers in zip(prompts, completions, strict=True):
-        if arguments.json:
-            sys.stdout.write(json.dumps({"prompt": prompt, "completions": answers}, ensure_ascii=False) + "\n")
-            continue
-        for answer in answers:
-            sys.stdout.write(f"{prompt} -> {answer}\n" if "\n" not in prompt + answer else f"--- {prompt}\n{answer}\n")

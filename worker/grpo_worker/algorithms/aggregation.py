@@ -3,8 +3,7 @@
 Invariant: every denominator is a count over the whole mini-batch and all ranks, known before the first backward. So the
 sum of `aggregate` over any split of the mini-batch into micro-batches and ranks is the value, and the gradient, of the
 mini-batch in one piece: micro-batch size, packing, accumulation and world size change nothing. A sequence must not be
-split (seq-mean-token-mean needs its length). FSDP averages gradients over ranks: the trainer multiplies by the world
-size.
+split (seq-mean-token-mean needs its length). Gradients of the ranks must be summed, not averaged.
 """
 
 from dataclasses import dataclass, replace

@@ -1,66 +1,75 @@
 """`grpo generate` and `grpo demo`: look at a trained model, make the demo's model and data."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
-
-from grpo_worker.errors import UsageError
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this module's commands."""
-    generate = commands.add_parser(
+    answer = commands.add_parser(
         "generate",
         help="answer prompts with a checkpoint",
         description="Load a checkpoint's actor/ in vLLM and answer prompts.",
     )
-    generate.add_argument(
-        "--checkpoint", type=Path, required=True, help="a checkpoint, a directory of checkpoints, or a model directory"
+    answer.add_argument(
+        "--checkpoint", type=Path, required=True, help="a checkpoint, a directory of checkpoints, a run, or a model"
     )
-    generate.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    generate.add_argument("--prompts-file", type=Path, help="a file with one prompt a line")
-    generate.add_argument("--temperature", type=float, default=0.3)
-    generate.add_argument("--top-p", type=float, default=0.9)
-    generate.add_argument("--max-tokens", type=int, default=256)
-    generate.add_argument("--n", type=int, default=1, help="answers a prompt")
-    generate.add_argument("--seed", type=int, default=1)
-    generate.add_argument("--greedy", action="store_true", help="the most likely answer (temperature 0)")
-    generate.set_defaults(function=_generate)
+    answer.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    answer.add_argument(
+        "--prompts-file", type=Path, help="a file with one prompt a line, or .jsonl with a key 'prompt'"
+    )
+    answer.add_argument("--temperature", type=float, default=0.3, help="default 0.3; 0 is greedy")
+    answer.add_argument("--top-p", type=float, default=0.9, help="default 0.9")
+    answer.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    answer.add_argument("--max-tokens", type=int, default=256, help="longest completion in tokens, default 256")
+    answer.add_argument("--n", type=int, default=1, help="completions of each prompt, default 1")
+    answer.add_argument("--seed", type=int, default=1, help="default 1")
+    answer.add_argument("--system-prompt", help="as data.systemPrompt of the training")
+    answer.add_argument("--no-chat-template", action="store_true", help="as data.chatTemplate: never of the training")
+    answer.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model, default 1")
+    answer.add_argument("--gpu-memory-utilization", type=float, default=0.6, help="share of GPU memory, default 0.6")
+    answer.add_argument("--timeout-seconds", type=float, default=600.0, help="limit of the generation, default 600")
+    answer.add_argument("--json", action="store_true", help="print one JSON object a prompt: prompt, completions")
+    answer.set_defaults(function=_generate)
     demo = commands.add_parser("demo", help="make the demo's model and data").add_subparsers(
         metavar="COMMAND", required=True
     )
     prepare = demo.add_parser("prepare", help="write a tiny model and arithmetic problems")
-    prepare.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
-    prepare.add_argument("--seed", type=int, default=1)
+    prepare.add_argument("directory", type=Path, nargs="?", default=Path("demo"), help="default demo")
+    prepare.add_argument("--seed", type=int, default=1, help="of the problems and the model, default 1")
     prepare.set_defaults(function=_prepare)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from grpo_worker.generate import generate
+    from grpo_worker.generate import generate, read_prompts
 
-    prompts = list(options.prompt)
-    if options.prompts_file is not None:
-        try:
-            prompts += [line for line in options.prompts_file.read_text().splitlines() if line]
-        except OSError as error:
-            raise UsageError(f"--prompts-file {options.prompts_file}: {error.strerror}") from error
-    if not prompts:
-        raise UsageError("grpo generate: no prompt. Give --prompt TEXT or --prompts-file FILE.")
-    answers = generate(
+    prompts = [*options.prompt, *(read_prompts(options.prompts_file) if options.prompts_file else [])]
+    completions = generate(
         options.checkpoint,
         prompts,
         temperature=0.0 if options.greedy else options.temperature,
-        top_p=1.0 if options.greedy else options.top_p,
+        top_p=options.top_p,
         max_tokens=options.max_tokens,
         n=options.n,
         seed=options.seed,
+        system_prompt=options.system_prompt,
+        chat_template=not options.no_chat_template,
+        tensor_parallel_size=options.tensor_parallel_size,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        timeout_seconds=options.timeout_seconds,
     )
-    for prompt, texts in zip(prompts, answers, strict=True):
-        for text in texts:
-            print(f"{prompt!r} -> {text!r}")
+    for prompt, answers in zip(prompts, completions, strict=True):
+        if options.json:
+            print(json.dumps({"prompt": prompt, "completions": answers}, ensure_ascii=False))
+            continue
+        for answer in answers:
+            print(f"--- {prompt}\n{answer}" if "\n" in prompt + answer else f"{prompt} -> {answer}")
 
 
 def _prepare(options: argparse.Namespace) -> None:
     from grpo_worker.demo.prepare import prepare_demo
 
-    paths = prepare_demo(options.directory, options.seed)
-    print(f"model: {paths.model}\ntrain: {paths.train}\ntest: {paths.test}")
+    paths = prepare_demo(options.directory, options.seed, report=lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"model {paths.model}, training {paths.train}, held out {paths.test}")

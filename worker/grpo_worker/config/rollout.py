@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from grpo_worker.config.base import FunctionPath, Section, field
+from grpo_worker.config.base import Section, field
 
 
 class ValidationSampling(Section):
@@ -30,8 +30,11 @@ class Rollout(Section):
     top_p: float = field(1.0, "Nucleus.", verl="rollout.top_p", gt=0, le=1)
     top_k: int = field(-1, "Largest rank that is sampled; -1 is all.", verl="rollout.top_k", ge=-1)
     replicas: int = field(1, "Engines.", unit="engines", ge=1, immutable=False)
-    min_replicas: int = field(
-        1, "Engines that must serve current weights before generation starts.", unit="engines", ge=1
+    min_replicas: int | None = field(
+        None,
+        "Engines that must serve current weights before a run starts or goes on after a restart; default all of them.",
+        unit="engines",
+        ge=1,
     )
     tensor_parallel_size: int = field(
         1, "GPUs of one engine.", verl="rollout.tensor_model_parallel_size", unit="GPUs", ge=1
@@ -76,12 +79,7 @@ class Rollout(Section):
         True,
         "Each sample has its own generator, so results do not depend on batching; false is faster on GPU and not reproducible.",
     )
-    agent: FunctionPath | None = field(
-        None,
-        "module:function that makes the samples of a prompt by calls to the engine, in place of one generation.",
-        verl="rollout.agent",
-    )
-    request_timeout_seconds: float = field(600.0, "Deadline of a prompt's generation.", unit="seconds", gt=0)
+    request_timeout_seconds: float = field(600.0, "Deadline of a prompt's generation, from when an engine can run it.", unit="seconds", gt=0)
     max_attempts: int = field(3, "Dispatches of a prompt before it is counted as failed.", ge=1)
     validation: ValidationSampling = field(
         ValidationSampling, "Sampling on the validation files.", verl="rollout.val_kwargs"

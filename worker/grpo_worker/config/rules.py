@@ -57,8 +57,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "rollout.minReplicas",
-        lambda s: s.rollout.min_replicas <= s.rollout.replicas,
-        "self.rollout.minReplicas <= self.rollout.replicas",
+        lambda s: s.rollout.min_replicas is None or s.rollout.min_replicas <= s.rollout.replicas,
+        "!has(self.rollout.minReplicas) || self.rollout.minReplicas <= self.rollout.replicas",
         "is more than rollout.replicas, so generation could never start",
         "Lower rollout.minReplicas or raise rollout.replicas.",
         lambda s: s.rollout.min_replicas,

@@ -20,6 +20,7 @@ from grpo_worker.errors import PeerLostError
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, Sampling
 
 PERMANENT = frozenset({"prompt_too_long", "token_out_of_range"})
+PROMPTS_AHEAD = 1.5  # what one engine is sent, over what it can run at a time
 CHUNK_PROMPTS = 8  # prompts of one request when requests are not atomic
 
 
@@ -120,7 +121,7 @@ class Dispatcher:
                 if share := [self._queue.popleft() for _ in range(min(size, len(self._queue)))]:
                     self._send(member, share, atomic=True)
             return
-        limit = max(CHUNK_PROMPTS, math.ceil(1.5 * self._options.max_num_seqs / self._options.sampling.n))
+        limit = max(CHUNK_PROMPTS, math.ceil(PROMPTS_AHEAD * self._options.max_num_seqs / self._options.sampling.n))
         while self._queue:
             held = {m.name: sum(len(f.pending) for f in self._flights if f.member.name == m.name) for m in serving}
             member = min(serving, key=lambda m: held[m.name])
@@ -139,13 +140,20 @@ class Dispatcher:
             request_id=f"{options.purpose}-{self._requests}",
             prompts=[self._prompt(group) for group in groups],
             sampling=options.sampling,
-            deadline_seconds=options.deadline_seconds,
+            deadline_seconds=options.deadline_seconds * self._waves(len(groups) if atomic else None),
             atomic=atomic,
             min_weight_version=self._weights.version,
         )
         flight = _Flight(member, {group.uid: group for group in groups})
         flight.task = asyncio.create_task(self._fly(flight, request))
         self._flights.append(flight)
+
+    def _waves(self, prompts: int | None) -> int:
+        """How many prompts wait for one another on an engine that runs `max_num_seqs` sequences at a time: the deadline is a prompt's own."""
+        options = self._options
+        if prompts is None:
+            return 1 + math.ceil(PROMPTS_AHEAD)
+        return max(1, math.ceil(prompts * options.sampling.n / options.max_num_seqs))
 
     def _prompt(self, group: Group) -> PromptRequest:
         seed = self._options.seed

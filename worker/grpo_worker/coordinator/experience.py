@@ -26,6 +26,8 @@ from grpo_worker.algorithms import (
 )
 from grpo_worker.config.algorithm import Algorithm, OverlongBuffer, RolloutCorrection
 from grpo_worker.coordinator.groups import Group
+from grpo_worker.errors import DataError, GRPOError
+from grpo_worker.functions import traceback_tail
 from grpo_worker.protocol.messages import Array, LogProbsReply, TrainBatch
 
 
@@ -158,7 +160,7 @@ def judge(
         norm_by_std=algorithm.norm_adv_by_std,
         gamma=algorithm.gamma,
     )
-    advantages = checked(algorithm.advantage_estimator, estimator(inputs), inputs)
+    advantages = checked(algorithm.advantage_estimator, _estimate(estimator, inputs, algorithm.advantage_estimator), inputs)
     correction = rollout_weights(
         old,
         experience.rollout_log_probs,
@@ -169,6 +171,15 @@ def judge(
     )
     metrics |= correction.metrics
     return Judged(experience, old, ref, token_rewards, advantages, correction.weights, correction.mask, metrics)
+
+
+def _estimate(estimator: AdvantageEstimator, inputs: AdvantageInputs, name: str) -> Tensor:
+    try:
+        return estimator(inputs)
+    except GRPOError:
+        raise
+    except Exception as error:  # a person's own function may raise anything
+        raise DataError(f"algorithm.advantageEstimator: {name!r} raised:\n{traceback_tail(error)}") from error
 
 
 def _correction(options: RolloutCorrection) -> dict[str, object]:

@@ -8,6 +8,7 @@ Invariants:
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.coordinator.validation import Validation
 from grpo_worker.coordinator.weight_sync import Emit, SyncReport, WeightSync
 from grpo_worker.data.dataset import BlockDataset
-from grpo_worker.errors import StalledError, YieldedError
+from grpo_worker.environment import DEVICE_COUNT
+from grpo_worker.errors import DataError, StalledError, YieldedError
 from grpo_worker.metric_loggers import MetricLoggers
 from grpo_worker.protocol.messages import LogProbsReply, LogProbsRequest, UpdateReply, UpdateRequest
 
@@ -93,6 +95,10 @@ class TrainingLoop:
         self._group_ended = asyncio.Event()
         self._generated_at = time.monotonic()
         self._stop_reason = ""
+        self._published = False
+        self._redispatched = 0
+        self._metrics: dict[str, float] = {}  # of the last step
+        self._validated_step = -1
 
     def stop(self, reason: str) -> None:
         """End after the step under way, saving first."""
@@ -156,6 +162,9 @@ class TrainingLoop:
         epoch = self._epoch()
         parts.loggers.log(self._step, {"epoch": epoch, **metrics})
         parts.progress.stepped(self._step, epoch, metrics, len(batch.ready))
+        parts.progress.redispatched(self.dispatcher.redispatched - self._redispatched)
+        self._redispatched = self.dispatcher.redispatched
+        self._metrics = {"epoch": epoch, **metrics}
         return True
 
     async def _collect(self) -> Batch | None:
@@ -179,7 +188,7 @@ class TrainingLoop:
                 batch = schedule.take()
                 if batch.ready:
                     return batch
-                self._record(batch)
+                self._nothing_to_train(batch)
                 if schedule.at_end:
                     return None
                 continue
@@ -194,6 +203,16 @@ class TrainingLoop:
                     await self._group_ended.wait()
             except TimeoutError:
                 continue
+
+    def _nothing_to_train(self, batch: Batch) -> None:
+        """A batch without a single group to train on: at the data's end, or since every prompt failed. Raises DataError."""
+        self._record(batch)
+        self._parts.scorer.take_counts()
+        if batch.failed:
+            raise DataError(
+                f"step {self._step + 1}: none of its {len(batch.failed)} prompts could be trained on. "
+                f"The last one, {batch.failed[-1].uid}: {batch.failed[-1].failure}"
+            )
 
     async def _update(self, batch: Batch, timer: Timer) -> tuple[Judged, dict[str, float]]:
         spec, parts = self._spec, self._parts
@@ -216,7 +235,7 @@ class TrainingLoop:
                 spec.data.max_response_length,
             )
         with timer.part("update_actor"):
-            reply = await parts.trainer.call(UpdateRequest(step=self._step + 1, batch=judged.wire()), UpdateReply)
+            reply = await parts.trainer.call(UpdateRequest(step=self._step + 1, total_steps=self._total_steps, batch=judged.wire()), UpdateReply)
         self._step += 1
         metrics = (
             experience_metrics(judged, spec.data.max_response_length)
@@ -229,10 +248,10 @@ class TrainingLoop:
         """The trainer's weights become version `step` and serve."""
         parts, spec = self._parts, self._spec
         report = await parts.weights.publish(self._step)
-        await parts.weights.wait_in_service(
-            spec.rollout.min_replicas if self._step == 0 or not report.replies else 1,
-            spec.failure_policy.startup_timeout_seconds,
-        )
+        # All of them before the first step of this life: an on-policy step is split over the engines in service. Later, those that live.
+        count = 1 if self._published else spec.rollout.min_replicas or spec.rollout.replicas
+        await parts.weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds)
+        self._published = True
         return report
 
     async def _validate(self, step: int) -> dict[str, float]:
@@ -240,6 +259,7 @@ class TrainingLoop:
         if parts.validation is None:
             return {}
         parts.progress.set("Validating", f"{parts.validation.prompts} prompts after step {step}")
+        self._validated_step = step
         result = await parts.validation.run(parts.make_dispatcher, parts.scorer)
         parts.progress.validated(result.metrics)
         parts.emit(
@@ -262,6 +282,10 @@ class TrainingLoop:
         parts = self._parts
         if self._stop_reason:
             parts.progress.set("Stopping", self._stop_reason)
+        elif self._step < self._total_steps:
+            parts.emit("warning", "DataEnded", f"the data ended after {self._step} of {self._total_steps} steps: prompts were filtered or failed")
+            if self._spec.trainer.test_freq > 0 and self._validated_step != self._step > 0:
+                parts.loggers.log(self._step, self._metrics | await self._validate(self._step))
         await parts.saver.wait()
         if self._step > 0:
             await self._save()
@@ -320,6 +344,9 @@ class TrainingLoop:
         return frequency > 0 and (self._step % frequency == 0 or self._step == self._total_steps)
 
     def _gpus(self) -> int:
+        """Devices of the job; trainer and engines may share them, which whoever placed them knows."""
+        if placed := os.environ.get(DEVICE_COUNT):
+            return int(placed)
         spec = self._spec
         return (
             spec.trainer.nodes * spec.trainer.gpus_per_node + spec.rollout.replicas * spec.rollout.tensor_parallel_size

@@ -34,7 +34,7 @@ from grpo_worker.coordinator.validation import Validation
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.data.order import Cursor
 from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
-from grpo_worker.environment import COORDINATOR_PORT, LISTEN_HOST
+from grpo_worker.environment import COORDINATOR_PORT, LISTEN_HOST, RESUME
 from grpo_worker.errors import GRPOError, YieldedError
 from grpo_worker.functions import load_function
 from grpo_worker.metric_loggers import EventLog, open_loggers
@@ -164,7 +164,7 @@ class Coordinator:
 
         progress.set("Starting", "waiting for the trainer")
         await self._trainer.connect(spec.failure_policy.startup_timeout_seconds)
-        resumed = await saver.resume(spec.checkpoint.resume)
+        resumed = await saver.resume(os.environ.get(RESUME) or spec.checkpoint.resume)
         kl_controller = make_kl_controller(
             spec.algorithm.kl_ctrl.type,
             spec.algorithm.kl_ctrl.kl_coef,
@@ -176,7 +176,8 @@ class Coordinator:
             point, state = resumed
             step, cursor = point.step, data.restore(state["data"])
             kl_controller.load_state_dict(state["kl_controller"])
-            progress.checkpoint = saver.last
+            if saver.last is not None:
+                progress.saved(saver.last)
             events.emit("info", "Resumed", f"Resuming from {point.path.name} at step {step}")
         keep = step if step > 0 else -1
         total = _total_steps(

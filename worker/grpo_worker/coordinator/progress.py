@@ -80,7 +80,7 @@ class Progress:
     def stepped(self, step: int, epoch: float, metrics: Mapping[str, float], prompts: int) -> None:
         """A step was finished."""
         self.step, self.epoch = step, epoch
-        self._metrics |= metrics
+        self._metrics = dict(metrics)
         self._last_progress = time.time()
         if seconds := metrics.get("timing_s/step"):
             self._step_seconds = [*self._step_seconds[-19:], seconds]
@@ -111,7 +111,11 @@ class Progress:
     def status(self) -> dict[str, Any]:
         """The `/status` document."""
         metrics, serving = self._metrics, {member.name for member in self._weights.in_service()}
-        timing = {key.removeprefix("timing_s/"): value for key, value in metrics.items() if key.startswith("timing_s/")}
+        timing = {
+            key.removeprefix("timing_s/"): value
+            for key, value in metrics.items()
+            if key.startswith("timing_s/") and not key.startswith("timing_s/trainer_")  # parts of the parts
+        }
         return {
             "name": self._name,
             "state": self.state,

@@ -21,7 +21,7 @@ from grpo_worker.checkpoint import (
     remove_leftovers,
     storage_errors,
 )
-from grpo_worker.coordinator.trainer_client import TrainerClient
+from grpo_worker.coordinator.trainer_client import TrainerClient, TrainerLost
 from grpo_worker.coordinator.weight_sync import Emit
 from grpo_worker.errors import CheckpointDamagedError, ConfigError, GRPOError
 from grpo_worker.protocol.messages import (
@@ -93,7 +93,7 @@ class Saver:
             raise CheckpointDamagedError(
                 f"{point.path}: its shards are of step {reply.step}, its manifest of step {point.step}"
             )
-        self.last = Saved(point.step, point.path, time.time(), 0.0)
+        self.last = Saved(point.step, point.path, point.manifest.time, 0.0)
         return point, state
 
     async def save(self, epoch: int, step: int, state: Mapping[str, Any]) -> None:
@@ -116,8 +116,8 @@ class Saver:
             reply = await self._trainer.call(SaveRequest(directory=str(transaction.path), step=step), SaveReply)
         except GRPOError as error:
             transaction.abort()
-            if not getattr(error, "recoverable", isinstance(error, ConfigError)):
-                raise
+            if isinstance(error, TrainerLost) or not getattr(error, "recoverable", True):
+                raise  # the trainer's own trouble; the storage's costs this save alone
             self._failed(step, error)
             return
         self.stall_seconds = time.monotonic() - started
@@ -145,7 +145,6 @@ class Saver:
                 raise ConfigError(f"checkpoint.path: saving step {step} failed: {status.error}")
             await asyncio.to_thread(transaction.commit, status.files)
             saved = Saved(step, transaction.final_path, time.time(), time.monotonic() - started)
-            await asyncio.to_thread(prune, self._root, self._keep_last)
         except GRPOError as error:
             transaction.abort()
             self._failed(step, error)
@@ -156,6 +155,10 @@ class Saver:
         self.last = saved
         self._emit("info", "CheckpointSaved", f"saved {saved.path.name} in {saved.seconds:.1f} s")
         self._on_saved(saved)
+        try:
+            await asyncio.to_thread(prune, self._root, self._keep_last)
+        except GRPOError as error:
+            self._emit("warning", "CheckpointPruneFailed", f"old checkpoints could not be removed: {error}")
 
     async def _written(self) -> SaveStatusReply:
         while True:

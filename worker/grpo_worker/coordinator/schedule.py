@@ -90,7 +90,7 @@ class Schedule:
                 return 0
             if len(self._window) >= self._max_gen_batches * self._batch_size:
                 return 0
-        elif self._filtered_run() >= self._max_gen_batches * self._batch_size:
+        elif self._ended_without_use() >= self._max_gen_batches * self._batch_size:
             return 0
         return max(room, 0)
 
@@ -169,5 +169,5 @@ class Schedule:
         """The data is used up and nothing is left in the window."""
         return self._exhausted and not self._window
 
-    def _filtered_run(self) -> int:
-        return sum(group.state is GroupState.FILTERED for group in self._window)
+    def _ended_without_use(self) -> int:
+        return sum(group.state in (GroupState.FILTERED, GroupState.FAILED) for group in self._window)

@@ -85,8 +85,14 @@ class Scorer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def score(self, group: Group) -> None:
-        """Fill in text and reward of each sample; samples that cannot be scored are removed."""
+    async def score(self, group: Group, counts: FailureCount | None = None) -> None:
+        """Fill in text and reward of each sample; samples that cannot be scored are removed.
+
+        Args:
+            counts: takes the outcomes in place of the step's own counts (validation is no part of a step).
+        """
+        if not group.samples:
+            return
         texts = await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, group.samples)
         for sample, text in zip(group.samples, texts, strict=True):
             sample.text = text
@@ -94,7 +100,7 @@ class Scorer:
         group.samples = [
             sample
             for sample, outcome in zip(group.samples, outcomes, strict=True)
-            if self._accept(group, sample, outcome)
+            if self._accept(group, sample, outcome, self.counts if counts is None else counts)
         ]
 
     async def _run(self, group: Group, on_end: Callable[[Group], None]) -> None:
@@ -108,15 +114,15 @@ class Scorer:
             group.state = GroupState.READY
         on_end(group)
 
-    def _accept(self, group: Group, sample: Sample, outcome: RewardOutcome) -> bool:
+    def _accept(self, group: Group, sample: Sample, outcome: RewardOutcome, counts: FailureCount) -> bool:
         if outcome.failure is None:
             sample.reward = outcome.result
-            self.counts.scored += 1
+            counts.scored += 1
             return True
         kind = outcome.failure.kind
-        self.counts.failed += 1
-        self.counts.kinds[kind] = self.counts.kinds.get(kind, 0) + 1
-        self.counts.last_message = f"prompt {group.uid}, {kind}: {outcome.failure.message}"
+        counts.failed += 1
+        counts.kinds[kind] = counts.kinds.get(kind, 0) + 1
+        counts.last_message = f"prompt {group.uid}, {kind}: {outcome.failure.message}"
         return False
 
     def _decode(self, samples: Sequence[Sample]) -> list[str]:

@@ -9,12 +9,13 @@ import asyncio
 from typing import Any, TypeVar
 
 import aiohttp
+import msgspec
 
 from grpo_worker.coordinator.members import Member, Members
 from grpo_worker.errors import ExitCode, GRPOError, RetryableError
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.auth import authorization
-from grpo_worker.protocol.messages import RemoteError, StopRequest, TrainerReply
+from grpo_worker.protocol.messages import RemoteError, SaveStatusRequest, StopRequest, TrainerReply
 
 Reply = TypeVar("Reply")
 
@@ -31,7 +32,7 @@ class TrainerFailed(GRPOError):
     def __init__(self, error: RemoteError) -> None:
         super().__init__(error.message)
         self.reason = error.reason
-        self.exit_code = ExitCode(error.exit_code) if error.exit_code in ExitCode else ExitCode.RETRY
+        self.exit_code = ExitCode(error.exit_code) if error.exit_code in {*ExitCode} else ExitCode.RETRY
         self.recoverable = error.recoverable
 
 
@@ -53,13 +54,15 @@ class TrainerClient:
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 raise TrainerLost(
-                    f"no trainer was ready within {timeout_seconds:.0f} s (failurePolicy.startupTimeoutSeconds). See trainer.log."
+                    f"no trainer was ready within {timeout_seconds:.0f} s (failurePolicy.startupTimeoutSeconds). See trainer-0.log."
                 )
             await self._members.wait(min(left, 1.0))
         self._member = alive[0]
 
     async def call(self, request: Any, reply: type[Reply], timeout_seconds: float | None = None) -> Reply:
         """One operation. Raises TrainerLost, TrainerFailed."""
+        if isinstance(request, SaveStatusRequest):  # answered beside whatever the trainer works on
+            return await self._call(request, reply, timeout_seconds or self._timeout_seconds)
         async with self._lock:
             return await self._call(request, reply, timeout_seconds or self._timeout_seconds)
 
@@ -81,7 +84,7 @@ class TrainerClient:
             while not post.done():
                 await asyncio.wait({post}, timeout=1.0)
                 if not post.done() and not self._members.is_current(member):
-                    raise TrainerLost(f"the trainer restarted or fell silent during {name}. See trainer.log.")
+                    raise TrainerLost(f"the trainer restarted or fell silent during {name}. See trainer-0.log.")
             answer = post.result()
         except TimeoutError:
             raise TrainerLost(
@@ -89,7 +92,11 @@ class TrainerClient:
             ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise TrainerLost(
-                f"the trainer at {member.url} died during {name}: {error or type(error).__name__}. See trainer.log."
+                f"the trainer at {member.url} died during {name}: {error or type(error).__name__}. See trainer-0.log."
+            ) from error
+        except msgspec.DecodeError as error:
+            raise TrainerLost(
+                f"the trainer's answer to {name} cannot be read ({error}): not the same version of this program?"
             ) from error
         finally:
             post.cancel()

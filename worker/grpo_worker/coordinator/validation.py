@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions
 from grpo_worker.coordinator.groups import Group
-from grpo_worker.coordinator.scoring import Scorer
+from grpo_worker.coordinator.scoring import FailureCount, Scorer
 from grpo_worker.data.dataset import Prompt
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import Sampling
@@ -67,10 +67,11 @@ class Validation:
         greedy: list[Group] = []
         for options in self._passes:
             groups = await self._generate(make_dispatcher, options)
-            await asyncio.gather(*(scorer.score(group) for group in groups))
+            counts = FailureCount()
+            await asyncio.gather(*(scorer.score(group, counts) for group in groups))
             per_prompt = [_mean(group) for group in groups if group.samples]
             if not per_prompt:
-                failure = scorer.counts.last_message or next((group.failure for group in groups), "")
+                failure = counts.last_message or next((group.failure for group in groups), "")
                 raise DataError(
                     f"validation: none of {len(groups)} prompts could be answered and scored. The last failure: {failure}"
                 )

@@ -4,11 +4,9 @@ Invariant: `demo.json` is written last and carries a checksum of every file and 
 stamp fits is left alone, any other one is made again.
 """
 
-import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from grpo_worker.demo.model import build_model
 from grpo_worker.demo.tasks import Problem, split_problems, worked_response
 from grpo_worker.demo.tokenizer import build_tokenizer
 from grpo_worker.demo.warmup import Recipe, accuracy, greedy_responses, warm_up
-from grpo_worker.errors import ConfigError, DataError, GRPOError
+from grpo_worker.errors import ConfigError, DataError
 
 TRAIN_PROBLEMS = 1280
 HELD_OUT_PROBLEMS = 256
@@ -158,35 +156,3 @@ def _files_fit(directory: Path, files: object) -> bool:
     return all(
         (directory / path).is_file() and checksum_file(directory / path) == saved for path, saved in files.items()
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `grpo demo prepare`."""
-    parser.add_argument("directory", type=Path, nargs="?", default=DEFAULT_DIRECTORY, help="default: demo")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of model, problems and warm-up; default 1")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Prepare, and say what was done. Raises ConfigError, DataError."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of the one file that is saved
-    paths = prepare_demo(
-        arguments.directory, arguments.seed, report=lambda line: print(line, file=sys.stderr, flush=True)
-    )
-    print(f"model {paths.model}, training {paths.train}, held out {paths.test}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m grpo_worker.demo.prepare", description="Make the arithmetic demo.")
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except GRPOError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

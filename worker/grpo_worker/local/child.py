@@ -30,6 +30,11 @@ class ChildSpec:
     environment: Mapping[str, str]
 
 
+def command(spec: ChildSpec) -> list[str]:
+    """What the process runs: the same as a pod's container."""
+    return [sys.executable, "-m", "grpo_worker.entrypoint", spec.role, "--job", str(spec.job_file)]
+
+
 class Child:
     """A running process; `code` is None until it ends."""
 
@@ -45,11 +50,10 @@ class Child:
             PARENT_PID: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, "-m", "grpo_worker.entrypoint", spec.role, "--job", str(spec.job_file)]
         with spec.log.open("ab") as log:
             # A session of its own: the terminal's Ctrl-C reaches the supervisor alone.
             self._process = subprocess.Popen(
-                command,
+                command(spec),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

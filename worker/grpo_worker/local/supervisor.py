@@ -18,7 +18,15 @@ from typing import Any
 import yaml
 
 from grpo_worker.config import GRPOJob, resolved_document
-from grpo_worker.environment import COORDINATOR_PORT, COORDINATOR_URL, JOB_TOKEN, MEMBER_NAME, RUN_DIRECTORY
+from grpo_worker.environment import (
+    COORDINATOR_PORT,
+    COORDINATOR_URL,
+    DEVICE_COUNT,
+    JOB_TOKEN,
+    MEMBER_NAME,
+    RESUME,
+    RUN_DIRECTORY,
+)
 from grpo_worker.errors import (
     CheckpointDamagedError,
     ConfigError,
@@ -26,6 +34,7 @@ from grpo_worker.errors import (
     DeviceError,
     ExitCode,
     GRPOError,
+    InternalError,
     PeerLostError,
     RetryableError,
     StalledError,
@@ -33,7 +42,7 @@ from grpo_worker.errors import (
     YieldedError,
 )
 from grpo_worker.local.child import Child, ChildSpec
-from grpo_worker.local.placement import Machine, Process, free_port, place, require_free
+from grpo_worker.local.placement import Machine, Process, device_count, free_port, place, require_free
 from grpo_worker.local.policy import Action, Budget, Decision, decide
 from grpo_worker.local.view import View
 from grpo_worker.metric_loggers import EventLog, read_events
@@ -42,7 +51,7 @@ from grpo_worker.run_directory import RunDirectory
 
 POLL_SECONDS = 0.25
 STATUS_TIMEOUT_SECONDS = 2.0
-SAVE_GRACE_SECONDS = 600.0
+TOLD_TO_STOP_SECONDS = 30.0  # after a worker ended as told, for the coordinator to end too
 END_GRACE_SECONDS = 10.0
 
 
@@ -67,6 +76,8 @@ class Supervisor:
         self._interrupts = 0
         self._timed_out = False
         self._stop_deadline: float | None = None
+        self._told_at: dict[str, float] = {}
+        self._saved = False  # this run has a checkpoint of its own: a restart goes on from it
 
     def run(self) -> None:
         """Until the job has ended. Raises GRPOError when it did not succeed, YieldedError when it was stopped and has saved."""
@@ -94,6 +105,7 @@ class Supervisor:
             (network.coordinator_port, "coordinatorPort"),
             (network.trainer_port, "trainerPort"),
             (network.weight_sync_port, "weightSyncPort"),
+            (network.rendezvous_port, "rendezvousPort"),
         ):
             if port:
                 require_free(port, field)
@@ -111,7 +123,9 @@ class Supervisor:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(network.rendezvous_port or free_port()),
         }
-        self._processes = {process.name: process for process in place(self._spec, Machine.here())}
+        machine = Machine.here()
+        self._processes = {process.name: process for process in place(self._spec, machine)}
+        self._common[DEVICE_COUNT] = str(device_count(self._spec, machine))
         self._directory.run_file.write_text(
             json.dumps({"name": self._job.name, "url": self._url, "pid": os.getpid(), "started": time.time()})
         )
@@ -143,6 +157,8 @@ class Supervisor:
     def _child_spec(self, process: Process) -> ChildSpec:
         logs = self._directory.logs
         environment = {**self._common, **process.environment, MEMBER_NAME: process.name}
+        if self._saved:
+            environment[RESUME] = "auto"
         return ChildSpec(
             process.name,
             process.role,
@@ -157,6 +173,7 @@ class Supervisor:
         coordinator = self._children.get("coordinator")
         status = self._get_status() if coordinator is not None and coordinator.code is None else None
         self._status = status or self._status
+        self._saved = self._saved or bool(status and status["checkpoint"])
         if status and status["step"] > self._best_step and status["state"] != "Starting":
             self._best_step = status["step"]
             self._last_progress = time.monotonic()
@@ -188,13 +205,14 @@ class Supervisor:
         return decide(ended)
 
     def _ended_codes(self) -> dict[str, int]:
-        """Exit codes by name. A worker that ended with 0 was told to: the coordinator's own end follows and decides."""
-        codes = {name: child.code for name, child in self._children.items()}
-        return {
-            name: code
-            for name, code in codes.items()
-            if code is not None and (code != ExitCode.DONE or name == "coordinator")
-        }
+        """Exit codes by name. A worker that ended with 0 was told to: the coordinator's own end follows and decides; when it does not
+        follow, the worker was told by somebody else, and has to come back."""
+        codes = {name: child.code for name, child in self._children.items() if child.code is not None}
+        told = {name for name, code in codes.items() if code == ExitCode.DONE and name != "coordinator"}
+        now = time.monotonic()
+        self._told_at = {name: self._told_at.get(name, now) for name in told}
+        waiting = {name for name, since in self._told_at.items() if now - since < TOLD_TO_STOP_SECONDS}
+        return {name: ExitCode.RETRY if name in told else code for name, code in codes.items() if name not in waiting}
 
     def _act(self, decision: Decision) -> None:
         if decision.action not in (Action.RESTART_ROLLOUT, Action.RESTART_SET):
@@ -204,7 +222,8 @@ class Supervisor:
         scope = "rollout" if decision.action is Action.RESTART_ROLLOUT else "set"
         budget = self._budgets[scope]
         wait = budget.charge(decision)
-        if wait is None or self._interrupts or self._timed_out:
+        # While the job stops, the step under way may still need its engines; without trainer and coordinator there is no step.
+        if wait is None or (scope == "set" and (self._interrupts or self._timed_out)):
             raise self._failure(
                 decision.culprit,
                 f"after {self._spec.failure_policy.max_restarts} restarts without progress"
@@ -219,7 +238,7 @@ class Supervisor:
             f"Restarting {' and '.join(names)} in {wait:.0f} s",
         )
         for name in names:
-            self._stop_child(self._children.pop(name))
+            self._kill_child(self._children.pop(name))
             self._due[name] = time.monotonic() + wait
         self._last_progress = time.monotonic()
 
@@ -230,7 +249,7 @@ class Supervisor:
         self._look()
         if decision.action is Action.FAIL:
             raise self._failure(decision.culprit, "")
-        if self._timed_out:
+        if self._timed_out and decision.action is Action.YIELD:
             raise ConfigError(
                 f"activeDeadlineSeconds: the job ran longer than {self._spec.active_deadline_seconds} s. Its state is saved."
             )
@@ -240,7 +259,7 @@ class Supervisor:
     def _failure(self, name: str, suffix: str) -> GRPOError:
         child = self._children[name]
         reason, message = child.last_word()
-        error = _ERRORS.get(child.code or 0, RetryableError)(
+        error = _ERRORS.get(child.code or 0, InternalError)(
             f"{name} failed{' ' + suffix if suffix else ''}: {message}\nIts log: {child.spec.log}"
         )
         error.reason = reason
@@ -256,7 +275,7 @@ class Supervisor:
             self._stop_job()
         if self._stop_deadline is not None and time.monotonic() > self._stop_deadline:
             raise StalledError(
-                f"the coordinator did not save and stop within {SAVE_GRACE_SECONDS:.0f} s. See {self._directory.logs}/coordinator.log"
+                f"the coordinator did not save and stop within {2 * self._spec.network.request_timeout_seconds:.0f} s. See {self._directory.logs}/coordinator.log"
             )
         limit = self._spec.failure_policy.stall_timeout_seconds
         if time.monotonic() - self._last_progress > limit + self._spec.failure_policy.startup_timeout_seconds * (
@@ -271,7 +290,7 @@ class Supervisor:
                 "warning", "Stalled", f"no step was finished within {limit:.0f} s; restarting coordinator and trainer"
             )
             for name in list(self._set()):
-                self._stop_child(self._children.pop(name))
+                self._kill_child(self._children.pop(name))
                 self._due[name] = time.monotonic()
             self._last_progress = time.monotonic()
 
@@ -291,19 +310,20 @@ class Supervisor:
         if coordinator is None or coordinator.code is not None:
             raise YieldedError("stopped while nothing was running")
         coordinator.terminate()
-        self._stop_deadline = time.monotonic() + SAVE_GRACE_SECONDS
+        # The step under way is finished first: at most one operation of the trainer, and the save.
+        self._stop_deadline = time.monotonic() + 2 * self._spec.network.request_timeout_seconds
 
-    def _stop_child(self, child: Child) -> None:
-        child.terminate()
-        if not child.wait(END_GRACE_SECONDS):
-            child.kill()
-            child.wait(END_GRACE_SECONDS)
-        else:
-            child.kill()  # what it had started
+    def _kill_child(self, child: Child) -> None:
+        """Make room for its successor. A coordinator that was asked to stop would tell the engines, which are to stay, that the run is over."""
+        child.kill()
+        child.wait(END_GRACE_SECONDS)
 
     def _end_children(self) -> None:
-        for child in self._children.values():
-            child.wait(END_GRACE_SECONDS / 2 if child.spec.role != "coordinator" else 0)
+        coordinator = self._children.get("coordinator")
+        if coordinator is not None and coordinator.code in (ExitCode.DONE, ExitCode.YIELDED):
+            deadline = time.monotonic() + END_GRACE_SECONDS / 2  # it has told them to end
+            for child in self._children.values():
+                child.wait(max(0.0, deadline - time.monotonic()))
         for child in self._children.values():
             child.terminate()
         for child in self._children.values():
@@ -314,7 +334,7 @@ class Supervisor:
 
 _ERRORS: dict[int, type[GRPOError]] = {
     kind.exit_code: kind
-    for kind in (UsageError, DataError, ConfigError, CheckpointDamagedError, PeerLostError, StalledError, DeviceError)
+    for kind in (UsageError, DataError, ConfigError, RetryableError, CheckpointDamagedError, PeerLostError, StalledError, DeviceError)
 }
 
 

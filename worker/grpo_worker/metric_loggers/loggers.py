@@ -45,7 +45,7 @@ class MetricLoggers:
                 logger.log(step, metrics)
             except ConfigError:
                 raise
-            except Exception as error:  # noqa: BLE001  (a client library may raise anything; training goes on)
+            except Exception as error:
                 self._loggers.remove(logger)
                 self._warn(logger.name, f"stopped at step {step}", error)
 
@@ -55,7 +55,7 @@ class MetricLoggers:
         for logger in loggers:
             try:
                 logger.close()
-            except Exception as error:  # noqa: BLE001  (see log)
+            except Exception as error:
                 self._warn(logger.name, "did not close cleanly", error)
 
     def _warn(self, name: str, what: str, error: Exception) -> None:
@@ -101,7 +101,7 @@ def open_loggers(
         except ConfigError:
             opened.close()
             raise
-        except Exception as error:  # noqa: BLE001  (for example no network: the run is worth more than its plots)
+        except Exception as error:
             opened._warn(name, "could not be opened", error)
     return opened
 

@@ -54,7 +54,7 @@ class WandbLogger:
         def finish() -> None:
             try:
                 self._run.finish()
-            except Exception as error:  # noqa: BLE001  (raised again below, in the caller's thread)
+            except Exception as error:
                 failures.append(error)
 
         thread = threading.Thread(target=finish, name="wandb-finish", daemon=True)

@@ -184,6 +184,7 @@ class LogProbsReply(msgspec.Struct, frozen=True, kw_only=True, tag="log_probs"):
 class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
     step: int  # 1-based number of the step that this update makes
     batch: TrainBatch
+    total_steps: int = 0  # of the whole run, for learning rates that end with it; 0: unknown
 
 
 class UpdateReply(msgspec.Struct, frozen=True, kw_only=True, tag="updated"):

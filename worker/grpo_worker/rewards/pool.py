@@ -337,7 +337,7 @@ class RewardPool:
             if loss.kind == "timeout":
                 text = (
                     f"reward.function: {name!r} was not loaded within {self._startup_timeout_seconds:g} s."
-                    " Load big files on first use, or raise reward.startupTimeoutSeconds."
+                    " Load big files on first use, or raise failurePolicy.startupTimeoutSeconds."
                 )
             else:
                 text = f"reward.function: {name!r}: {loss.message} while it loaded the function. Its output is above."

@@ -185,7 +185,7 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         options = self.options
-        dtype = "float32" if options.dtype == "auto" and not self.on_gpu else options.dtype
+        dtype = ("bfloat16" if self.on_gpu else "float32") if options.dtype == "auto" else options.dtype
         arguments: dict[str, Any] = {
             "model": str(directory),
             "dtype": dtype,

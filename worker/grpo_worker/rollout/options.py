@@ -19,7 +19,7 @@ class EngineOptions:
     model_path: str  # directory in Hugging Face format, or a Hugging Face id
     max_model_len: int  # tokens, prompt and response
     revision: str | None = None
-    dtype: str = "auto"  # auto: the checkpoint's on GPU, float32 on CPU
+    dtype: str = "auto"  # auto: bfloat16 on GPU, float32 on CPU
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.6
     max_num_seqs: int = 256
@@ -85,8 +85,8 @@ def startup_error(error: BaseException, engine_log: str, options: EngineOptions,
         )  # fmt: skip
         return ConfigError(
             f"rollout: the engine has too little memory for its KV cache. vLLM: {memory} "
-            f"Raise {raise_what}, or lower rollout.maxModelLen (now {options.max_model_len} tokens: "
-            "data.maxPromptLength + data.maxResponseLength unless it is set)."
+            f"Raise {raise_what}, or lower data.maxPromptLength and data.maxResponseLength (the engine's context is their sum, "
+            f"{options.max_model_len} tokens)."
         )
     if device := next((message for message in messages if _DEVICE.search(message)), None):
         return DeviceError(f"rollout: the engine did not start. vLLM: {device}")
@@ -101,7 +101,7 @@ def engine_environment(options: EngineOptions, on_gpu: bool, log_config: Path) -
         "HF_HUB_OFFLINE": "1",  # the model is on disk by now
     }
     if on_gpu:
-        variables["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # CUDA does not survive a fork, and we have looked at it
+        variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA does not survive a fork, and we have looked at it
     else:
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kv_cache_gib)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer may share these cores; OMP_NUM_THREADS decides

@@ -128,7 +128,7 @@ class TrainerEngine:
         if request.reference:
             assert self.reference is not None
             started = time.perf_counter()
-            ref_log_probs, _ = compute_log_probs(self.reference, sequences, self.options, self.ranks)
+            ref_log_probs, _ = compute_log_probs(self.reference, sequences, self.options.for_reference(), self.ranks)
             metrics["timing_s/trainer_ref_log_probs"] = time.perf_counter() - started
         return LogProbsReply(
             log_probs=None if log_probs is None else Array.of(log_probs, "float32"),
@@ -143,7 +143,7 @@ class TrainerEngine:
             self.updater.check(sequences)
         except DataError as error:
             raise OperationRefused(error) from error
-        return UpdateReply(metrics=self.updater.update(sequences, request.step))
+        return UpdateReply(metrics=self.updater.update(sequences, request.step, request.total_steps))
 
     def publish(self, request: PublishRequest) -> PublishReply:
         started = time.perf_counter()

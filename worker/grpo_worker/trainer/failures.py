@@ -47,7 +47,7 @@ def remote_error(exception: BaseException, operation: str, rank: int) -> RemoteE
     if "CUDA error" in str(exception) or "NCCL" in str(exception):
         return RemoteError(reason=DeviceError.reason, message=f"{where}: {first}", exit_code=int(ExitCode.DEVICE))
     message = f"{where}: {type(exception).__name__}: {first}"
-    return RemoteError(reason="InternalError", message=message, exit_code=int(ExitCode.RETRY))
+    return RemoteError(reason="InternalError", message=message, exit_code=int(ExitCode.INTERNAL))
 
 
 def as_error(remote: RemoteError) -> GRPOError:

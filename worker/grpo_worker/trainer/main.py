@@ -77,9 +77,6 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
     spec = job.spec
     actor, optim, network = spec.actor, spec.actor.optim, spec.network
     updates_per_step = -(-spec.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
-    # The reference and the old log-probs share one forward pass over the batch; its limits are the rollout section's.
-    log_prob_size = spec.rollout.log_prob_micro_batch_size_per_gpu or spec.ref.log_prob_micro_batch_size_per_gpu
-    log_prob_tokens = spec.rollout.log_prob_max_token_len_per_gpu or spec.ref.log_prob_max_token_len_per_gpu
     return TrainerOptions(
         model_path=spec.model.path,
         model_revision=spec.model.revision,
@@ -99,9 +96,12 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
         ref_param_offload=spec.ref.fsdp.param_offload,
         max_token_len_per_gpu=actor.ppo_max_token_len_per_gpu or DEFAULT_MAX_TOKENS,
         micro_batch_size_per_gpu=actor.ppo_micro_batch_size_per_gpu,
-        log_prob_max_token_len_per_gpu=log_prob_tokens,
-        log_prob_micro_batch_size_per_gpu=log_prob_size,
+        log_prob_max_token_len_per_gpu=spec.rollout.log_prob_max_token_len_per_gpu,
+        log_prob_micro_batch_size_per_gpu=spec.rollout.log_prob_micro_batch_size_per_gpu,
+        ref_log_prob_max_token_len_per_gpu=spec.ref.log_prob_max_token_len_per_gpu,
+        ref_log_prob_micro_batch_size_per_gpu=spec.ref.log_prob_micro_batch_size_per_gpu,
         ppo_epochs=actor.ppo_epochs,
+        updates_per_step=updates_per_step,
         optimizer=OptimizerOptions(
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
@@ -110,7 +110,6 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
             grad_clip=optim.clip_grad,
             schedule=optim.lr_scheduler,
             warmup_updates=optim.lr_warmup_steps,
-            total_updates=(spec.trainer.total_steps or 0) * updates_per_step,
             min_lr_ratio=optim.min_lr_ratio,
         ),
         loss=LossOptions(

@@ -3,7 +3,7 @@
 Invariant: frozen, and equal on all ranks of a run; everything that changes during a run arrives in messages.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from grpo_worker.errors import ConfigError
@@ -23,15 +23,15 @@ class OptimizerOptions:
     grad_clip: float = 1.0  # global L2 norm; 0 turns clipping off
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_updates: int = 0
-    total_updates: int = 0  # optimizer steps of the whole run; 0: unknown, which only `constant` allows
+    total_updates: int = 0  # optimizer steps of the whole run; 0: not known yet (the coordinator tells with each update)
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.schedule != "constant" and self.total_updates <= self.warmup_updates:
+        if self.schedule != "constant" and 0 < self.total_updates <= self.warmup_updates:
             raise ConfigError(
                 f"actor.optim.lrScheduler: {self.schedule} decays over the run's updates after the warm-up, and there are "
-                f"{self.total_updates} updates and {self.warmup_updates} of warm-up. Set trainer.totalSteps, shorten "
-                "actor.optim.lrWarmupSteps, or use constant."
+                f"{self.total_updates} updates and {self.warmup_updates} of warm-up. Shorten actor.optim.lrWarmupSteps, or use "
+                "constant."
             )
 
 
@@ -78,7 +78,10 @@ class TrainerOptions:
     micro_batch_size_per_gpu: int | None = None  # sequences of a micro-batch, in place of the budget
     log_prob_max_token_len_per_gpu: int | None = None  # None: the same as the update's
     log_prob_micro_batch_size_per_gpu: int | None = None
+    ref_log_prob_max_token_len_per_gpu: int | None = None  # of the reference model; None: the same as the update's
+    ref_log_prob_micro_batch_size_per_gpu: int | None = None
     ppo_epochs: int = 1
+    updates_per_step: int = 1  # optimizer steps of a full training step
 
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     loss: LossOptions = field(default_factory=LossOptions)
@@ -96,6 +99,18 @@ class TrainerOptions:
     coordinator_timeout_seconds: float = 300.0  # without an answer for so long the process ends with exit code 75
     collective_timeout_seconds: float = 1800.0
     operation_timeout_seconds: float = 3600.0
+
+    def schedule_of(self, total_steps: int) -> OptimizerOptions:
+        """The optimizer's options for a run of `total_steps` (0: unknown). Raises ConfigError when they do not fit."""
+        return replace(self.optimizer, total_updates=total_steps * self.updates_per_step)
+
+    def for_reference(self) -> "TrainerOptions":
+        """The same options with the reference model's limits for log-probs."""
+        return replace(
+            self,
+            log_prob_max_token_len_per_gpu=self.ref_log_prob_max_token_len_per_gpu,
+            log_prob_micro_batch_size_per_gpu=self.ref_log_prob_micro_batch_size_per_gpu,
+        )
 
     @property
     def max_sequence_tokens(self) -> int:

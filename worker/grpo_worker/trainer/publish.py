@@ -4,6 +4,8 @@ Invariant: every rank gathers every parameter in the same order, whatever rank 0
 room before the first gather, so a refusal is known to all ranks before any of them waits for another.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -37,14 +39,14 @@ class Publisher:
 
     def publish(self, model: PolicyModel, version: int) -> StoreSource | None:
         """The source on rank 0, None elsewhere. Collective. Raises OperationRefused when the store has no room."""
-        writer = self._begin(model, version)
-        for name, tensor in gathered_parameters(model, self.dtype, self.ranks.device):
-            if writer is not None:
-                writer.write(name, tensor)
-        if writer is None:
-            return None
-        assert self.server is not None
-        return self.server.source(writer.commit(), self.advertised_host)
+        with self._begin(model, version) or nullcontext() as writer:
+            for name, tensor in gathered_parameters(model, self.dtype, self.ranks.device):
+                if writer is not None:
+                    writer.write(name, tensor)
+            if writer is None:
+                return None
+            assert self.server is not None
+            return self.server.source(writer.commit(), self.advertised_host)
 
     def _begin(self, model: PolicyModel, version: int) -> SnapshotWriter | None:
         writer, refusal = None, b""

@@ -19,8 +19,8 @@ def learning_rate(options: OptimizerOptions, update: int) -> float:
     warmup = options.warmup_updates
     if update <= warmup:
         return options.lr * update / warmup
-    if options.schedule == "constant":
-        return options.lr
+    if options.schedule == "constant" or options.total_updates <= warmup:
+        return options.lr  # without a known end there is nothing to decay towards
     progress = min(1.0, (update - warmup) / (options.total_updates - warmup))
     decay = 1 - progress if options.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return options.lr * (options.min_lr_ratio + (1 - options.min_lr_ratio) * decay)

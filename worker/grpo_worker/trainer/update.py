@@ -25,7 +25,7 @@ from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.model import PolicyModel
 from grpo_worker.trainer.optimizer import PolicyOptimizer
-from grpo_worker.trainer.options import TrainerOptions
+from grpo_worker.trainer.options import OptimizerOptions, TrainerOptions
 from grpo_worker.trainer.packing import PackingPlan, packing_efficiency, plan_micro_batches, rank_imbalance
 from grpo_worker.trainer.schedule import learning_rate
 
@@ -90,11 +90,13 @@ class Updater:
         self.loss = loss
         self.state = state
 
-    def update(self, sequences: Sequences, step: int) -> dict[str, float]:
-        """All mini-batches of training step `step`, `ppo_epochs` times. Collective. Raises DataError for missing
-        values.
+    def update(self, sequences: Sequences, step: int, total_steps: int = 0) -> dict[str, float]:
+        """All mini-batches of training step `step` of `total_steps` (0: unknown), `ppo_epochs` times. Collective.
+
+        Raises DataError for missing values, ConfigError for a schedule that does not fit the run's length.
         """
         self.check(sequences)
+        schedule = self.options.schedule_of(total_steps)
         started = time.perf_counter()
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         facts: dict[str, list[float]] = defaultdict(list)
@@ -103,7 +105,7 @@ class Updater:
         for _ in range(self.options.ppo_epochs):
             first = 0
             for count in sequences.mini_batch_sequences:
-                self._mini_batch(sequences, range(first, first + count), sums, facts)
+                self._mini_batch(sequences, range(first, first + count), schedule, sums, facts)
                 first += count
         self.state.step = step
         updates = self.options.ppo_epochs * len(sequences.mini_batch_sequences)
@@ -119,7 +121,12 @@ class Updater:
         return metrics | memory_metrics(self.ranks)
 
     def _mini_batch(
-        self, sequences: Sequences, members: range, sums: dict[str, Tensor], facts: dict[str, list[float]]
+        self,
+        sequences: Sequences,
+        members: range,
+        schedule: OptimizerOptions,
+        sums: dict[str, Tensor],
+        facts: dict[str, list[float]],
     ) -> None:
         started = time.perf_counter()
         lengths = sequences.lengths[members.start : members.stop]
@@ -137,7 +144,7 @@ class Updater:
         for batch in _micro_batches(sequences, plan, members, self.options, self.ranks):
             self._forward_backward(batch, sequences, normalizer, sums)
         self.state.updates += 1
-        lr = learning_rate(self.options.optimizer, self.state.updates)
+        lr = learning_rate(schedule, self.state.updates)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         computed = time.perf_counter()

@@ -1,0 +1,99 @@
+"""Validation sees every held-out prompt once and changes nothing that training depends on."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from coordinator_helpers import Engine, answer, prompt, world
+from transformers import PreTrainedTokenizerBase
+
+from grpo_worker.coordinator.scoring import Scorer
+from grpo_worker.coordinator.validation import Validation, ValidationResult
+from grpo_worker.errors import DataError
+from grpo_worker.protocol.messages import Array, GroupResult, VersionSpan
+from grpo_worker.rewards.pool import RewardPool
+
+pytestmark = pytest.mark.asyncio
+
+PROMPTS = [prompt(position) for position in range(5)]
+
+
+def engine(tokenizer: PreTrainedTokenizerBase, failing: set[str] | None = None) -> Engine:
+    """Answers "1" to even prompts and "0" to odd ones, each a second time with the other digit."""
+    async def behave(self, stream, http, request) -> None:  # type: ignore[no-untyped-def]
+        for one in request.prompts:
+            if one.id in (failing or set()):
+                await self.write(stream, GroupResult(id=one.id, samples=[], error="no", error_kind="prompt_too_long"))
+                continue
+            result = answer(one, request.sampling.n, self.version)
+            right = int(one.id.partition("-")[2]) % 2 == 0
+            samples = [
+                msgspec.structs.replace(
+                    each,
+                    token_ids=Array.of(tokenizer("10"[(right + index + 1) % 2])["input_ids"], "int32"),
+                    log_probs=Array.of([-1.0], "float32"),
+                    versions=[VersionSpan(self.version, 0, 1)],
+                )
+                for index, each in enumerate(result.samples)
+            ]
+            await self.write(stream, msgspec.structs.replace(result, samples=samples))
+        await self.end(stream, request)
+
+    return Engine("rollout-0", behave)
+
+
+async def run(
+    rewards: Path, tokenizer: PreTrainedTokenizerBase, here_engine: Engine, *, samples: int = 1, atomic: bool = True, function: str = "judge"
+) -> ValidationResult:  # fmt: skip
+    async with world(here_engine, version=3) as here, RewardPool(f"{rewards}:{function}", {}, 1, 5.0, 60.0) as pool:
+        scorer = Scorer(pool, tokenizer, minimum_samples=2, filter_metric="score", max_failure_ratio=0.5)
+        try:
+            validation = Validation(PROMPTS, here.options(), samples, 0.7, 0.9, atomic=atomic)
+            return await validation.run(here.dispatcher_of, scorer)
+        finally:
+            assert (scorer.counts.scored, scorer.counts.failed) == (0, 0)  # the step under way knows nothing of it
+            await scorer.close()
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+async def test_greedy_pass_at_1_is_the_share_of_right_answers(
+    rewards: Path, tokenizer: PreTrainedTokenizerBase, atomic: bool
+) -> None:
+    served = engine(tokenizer)
+    result = await run(rewards, tokenizer, served, atomic=atomic)
+    assert result.accuracy == pytest.approx(3 / 5)
+    assert result.metrics == pytest.approx({
+        "val/accuracy/pass@1": 0.6, "val/score/pass@1": 0.6, "val/response_length/mean": 1.0, "val/failed/pass@1": 0.0,
+    })  # fmt: skip
+    assert sorted(served.asked) == [one.uid for one in PROMPTS]
+    assert all(request.sampling.temperature == 0.0 and request.sampling.n == 1 for request in served.requests)
+    assert all(one.seed is None for request in served.requests for one in request.prompts)
+    assert [group.uid for group in result.groups] == [one.uid for one in PROMPTS]
+
+
+async def test_mean_at_k_is_of_sampled_answers(rewards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    served = engine(tokenizer)
+    result = await run(rewards, tokenizer, served, samples=3)
+    # An even prompt is right, wrong, right; an odd one wrong, right, wrong.
+    assert result.metrics["val/accuracy/mean@3"] == pytest.approx((3 * 2 / 3 + 2 * 1 / 3) / 5)
+    assert result.accuracy == pytest.approx(3 / 5)
+    sampled = [request for request in served.requests if request.sampling.n == 3]
+    assert {(request.sampling.temperature, request.sampling.top_p) for request in sampled} == {(0.7, 0.9)}
+
+
+async def test_a_prompt_that_fails_is_left_out_and_counted(rewards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    result = await run(rewards, tokenizer, engine(tokenizer, {"0-1"}))
+    assert result.metrics["val/failed/pass@1"] == 1.0
+    assert result.accuracy == pytest.approx(3 / 4)
+
+
+async def test_validation_without_any_answer_stops_the_job(rewards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"none of 5 prompts.*no"):
+        await run(rewards, tokenizer, engine(tokenizer, {one.uid for one in PROMPTS}))
+
+
+async def test_validation_that_cannot_be_scored_tells_the_reward_functions_error(
+    rewards: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(DataError, match=r"(?s)none of 5 prompts.*the verifier is broken"):
+        await run(rewards, tokenizer, engine(tokenizer), function="broken")
