@@ -15,7 +15,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'operator'}:{ROOT / 'worker
 PROJECT_FILES = ("operator", "worker", "tests", "examples", "docs", "crds", "benchmarks", "charts", "e2e")
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".sh"}
 # Where somebody worked, not what was made: a file that names it would be wrong for every reader.
-WORKPLACES = ("/" + "work/", "/" + "root/", "/" + "home/", "shared" + "/DESIGN", "shared" + "/STYLE", "/tmp/" + "brief")
+WORKPLACES = ("/" + "work/", "/" + "root/", "shared" + "/DESIGN", "shared" + "/STYLE", "/tmp/" + "brief")
 MAX_LINES = 600
 
 

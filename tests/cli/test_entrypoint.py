@@ -87,7 +87,7 @@ def test_an_unexpected_error_is_told_with_its_type(
     job: Path, termination: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ending_with(monkeypatch, lambda: 1 // 0)
-    assert entrypoint.run("rollout", str(job)) == 1
+    assert entrypoint.run("rollout", str(job)) == ExitCode.INTERNAL
     word = json.loads(termination.read_text())
     assert (word["reason"], word["message"].partition(":")[0]) == ("UnexpectedError", "ZeroDivisionError")
     assert "Traceback" in capsys.readouterr().err

@@ -39,7 +39,9 @@ def test_a_node_is_structural(path: str, node: dict[str, Any]) -> None:
     assert not {"$ref", "$defs", "anyOf", "oneOf", "allOf", "const", "title"} & node.keys()
     assert node.get("type") in {"object", "array", "string", "integer", "number", "boolean"}
     if node["type"] == "object":
-        assert "properties" in node or "additionalProperties" in node or node.get("x-kubernetes-preserve-unknown-fields")
+        assert (
+            "properties" in node or "additionalProperties" in node or node.get("x-kubernetes-preserve-unknown-fields")
+        )
     if node["type"] == "array":
         assert "items" in node
     assert all(not key.startswith("x-") or key.startswith("x-kubernetes-") for key in node)
@@ -144,8 +146,6 @@ def test_the_reference_page_is_generated_from_the_models() -> None:
 
 def test_the_reference_page_has_a_row_for_each_field() -> None:
     rows = [line for line in reference_markdown().splitlines() if line.startswith("| `")]
-    leaves = [
-        path for path, node in FIELDS if "properties" not in node and not path.startswith("runtime.env[]")
-    ]
+    leaves = [path for path, node in FIELDS if "properties" not in node and not path.startswith("runtime.env[]")]
     assert len(rows) == len(leaves)
     assert all(row.count("|") - row.count("\\|") == 8 for row in rows)

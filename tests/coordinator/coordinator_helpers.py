@@ -146,7 +146,9 @@ class Engine:
 
     async def end(self, stream: web.StreamResponse, request: GenerateRequest) -> None:
         tokens = 3 * request.sampling.n * len(request.prompts)
-        await stream.write(codec.frame(GenerateEnd(request_id=request.request_id, seconds=0.1, generated_tokens=tokens)))
+        await stream.write(
+            codec.frame(GenerateEnd(request_id=request.request_id, seconds=0.1, generated_tokens=tokens))
+        )
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         request = codec.decode(await http.read(), GenerateRequest)

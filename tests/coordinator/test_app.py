@@ -5,7 +5,6 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import aiohttp
 import pytest
 from coordinator_helpers import TOKEN, Engine, World, world
 
@@ -56,9 +55,8 @@ async def test_a_request_without_the_token_is_refused(method: str, path: str, he
 
 @pytest.mark.parametrize("path", ["/healthz", "/metrics"])
 async def test_probes_and_metrics_are_open(path: str) -> None:
-    async with world() as here, coordinator(here) as (url, _):
-        async with here.session.get(url + path) as response:
-            assert response.status == 200
+    async with world() as here, coordinator(here) as (url, _), here.session.get(url + path) as response:
+        assert response.status == 200
 
 
 async def test_a_heartbeat_makes_a_member_and_is_answered() -> None:
@@ -73,10 +71,13 @@ async def test_a_heartbeat_makes_a_member_and_is_answered() -> None:
 
 
 async def test_a_body_that_is_no_heartbeat_is_refused() -> None:
-    async with world() as here, coordinator(here) as (url, _):
-        async with here.session.post(f"{url}/v1/members", data=b"\xc1", headers=authorization(TOKEN)) as response:
-            assert response.status == 400
-            assert "not a heartbeat" in await response.text()
+    async with (
+        world() as here,
+        coordinator(here) as (url, _),
+        here.session.post(f"{url}/v1/members", data=b"\xc1", headers=authorization(TOKEN)) as response,
+    ):
+        assert response.status == 400
+        assert "not a heartbeat" in await response.text()
 
 
 async def test_a_stop_request_is_passed_on() -> None:
@@ -87,9 +88,12 @@ async def test_a_stop_request_is_passed_on() -> None:
 
 
 async def test_the_status_is_complete_before_the_first_step() -> None:
-    async with world(Engine("rollout-0"), version=0) as here, coordinator(here) as (url, _):
-        async with here.session.get(f"{url}/status", headers=authorization(TOKEN)) as response:
-            status = await response.json()
+    async with (
+        world(Engine("rollout-0"), version=0) as here,
+        coordinator(here) as (url, _),
+        here.session.get(f"{url}/status", headers=authorization(TOKEN)) as response,
+    ):
+        status = await response.json()
     assert (status["name"], status["state"], status["step"], status["policy_version"]) == ("job", "Starting", 0, 0)
     assert {key for key, value in status.items() if value is None} == {
         "reward", "accuracy", "train_accuracy", "response_length", "kl", "tokens_per_second", "checkpoint", "eta_seconds",
@@ -101,9 +105,12 @@ async def test_the_status_is_complete_before_the_first_step() -> None:
 
 
 async def test_the_metrics_are_what_prometheus_reads() -> None:
-    async with world(Engine("rollout-0"), version=4) as here, coordinator(here) as (url, _):
-        async with here.session.get(f"{url}/metrics") as response:
-            text = await response.text()
+    async with (
+        world(Engine("rollout-0"), version=4) as here,
+        coordinator(here) as (url, _),
+        here.session.get(f"{url}/metrics") as response,
+    ):
+        text = await response.text()
     lines = text.splitlines()
     assert "grpo_coordinator_policy_version 4.0" in lines
     assert "grpo_coordinator_rollouts_in_service 1.0" in lines
@@ -121,6 +128,5 @@ async def test_a_port_in_use_names_the_field() -> None:
 
 
 async def test_without_a_token_nothing_is_guarded() -> None:
-    async with world() as here, coordinator(here, token="") as (url, _), aiohttp.ClientSession() as session:
-        async with session.get(f"{url}/status") as response:
-            assert response.status == 200
+    async with world() as here, coordinator(here, token="") as (url, _), here.session.get(f"{url}/status") as response:
+        assert response.status == 200

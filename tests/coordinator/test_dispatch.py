@@ -17,13 +17,17 @@ from grpo_worker.protocol.messages import GenerateRequest, GroupResult
 pytestmark = pytest.mark.asyncio
 
 
-async def dies_mid_stream(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+async def dies_mid_stream(
+    engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest
+) -> None:
     await engine.write(stream, answer(request.prompts[0], request.sampling.n, engine.version))
     assert http.transport is not None
     http.transport.abort()
 
 
-async def cut_inside_a_frame(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+async def cut_inside_a_frame(
+    engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest
+) -> None:
     await stream.write(b"\xff\x00\x00\x00half a frame")
 
 
@@ -32,7 +36,9 @@ async def hangs(engine: Engine, stream: web.StreamResponse, http: web.Request, r
     await engine.released.wait()
 
 
-async def answers_twice(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+async def answers_twice(
+    engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest
+) -> None:
     for one in request.prompts * 2:
         await engine.write(stream, answer(one, request.sampling.n, engine.version))
     await engine.end(stream, request)
@@ -239,9 +245,7 @@ async def test_a_seed_depends_on_the_prompt_alone() -> None:
         await dispatch(here, 4, atomic=True)
     async with world(engine, other) as here:
         await dispatch(here, 4, atomic=False)
-    seeds = {
-        (one.id, one.seed) for served in (engine, other) for request in served.requests for one in request.prompts
-    }
+    seeds = {(one.id, one.seed) for served in (engine, other) for request in served.requests for one in request.prompts}
     assert len(seeds) == 4
     assert all(seed == prompt_seed(1, uid, "train") for uid, seed in seeds)
     assert prompt_seed(1, prompt(0).uid, "train") != prompt_seed(1, prompt(0).uid, "validation")

@@ -27,7 +27,10 @@ SECOND = [sample([4, 5, 6], 3.0, log_probs=[-1.0, -1.0, -1.0]), sample([7], 1.0,
 
 
 def two_groups() -> list[Group]:
-    return [Group(order=0, prompt=prompt(0), samples=list(FIRST)), Group(order=1, prompt=prompt(1), samples=list(SECOND))]
+    return [
+        Group(order=0, prompt=prompt(0), samples=list(FIRST)),
+        Group(order=1, prompt=prompt(1), samples=list(SECOND)),
+    ]
 
 
 def experience(groups_per_mini_batch: int = 2) -> Experience:
@@ -44,7 +47,9 @@ def reply(log_probs: list[float] | None, reference: list[float] | None = None) -
 OLD = [-1.0, -2.0, -0.5, -1.0, -1.0, -1.0, -4.0]  # as the engine said: no correction
 
 
-def judged(log_probs: LogProbsReply | None = None, *, controller: Any = None, limit: int = 10, **algorithm: Any) -> Judged:
+def judged(
+    log_probs: LogProbsReply | None = None, *, controller: Any = None, limit: int = 10, **algorithm: Any
+) -> Judged:
     settings = Algorithm.model_validate(algorithm)
     return judge(
         experience(),
@@ -111,7 +116,9 @@ def test_the_engines_log_probs_stand_in_bypass_mode() -> None:
 def test_kl_in_the_reward_is_taken_from_each_token() -> None:
     reference = [-1.5, -2.0, -0.5, -1.0, -3.0, -1.0, -4.0]  # k1: 0.5 on the first token, 2 on the fifth
     controller = make_kl_controller("adaptive", 0.1, horizon=100, target_kl=0.1)
-    result = judged(reply(OLD, reference), useKLInReward=True, klPenalty="k1", controller=controller, normAdvByStd=False)
+    result = judged(
+        reply(OLD, reference), useKLInReward=True, klPenalty="k1", controller=controller, normAdvByStd=False
+    )
     expected = [0.0 - 0.05, 1.0, 0.0, 0.0, -0.2, 3.0, 1.0]
     torch.testing.assert_close(result.token_rewards, torch.tensor(expected))
     # The batch's KL: mean over sequences of their mean over tokens.

@@ -20,6 +20,7 @@ PROMPTS = [prompt(position) for position in range(5)]
 
 def engine(tokenizer: PreTrainedTokenizerBase, failing: set[str] | None = None) -> Engine:
     """Answers "1" to even prompts and "0" to odd ones, each a second time with the other digit."""
+
     async def behave(self, stream, http, request) -> None:  # type: ignore[no-untyped-def]
         for one in request.prompts:
             if one.id in (failing or set()):

@@ -132,7 +132,9 @@ async def test_a_silent_engine_is_not_in_service() -> None:
 async def test_waiting_for_engines_ends_with_who_is_missing() -> None:
     async with world(Engine("rollout-0"), version=7) as here:
         assert [member.name for member in await here.weights.wait_in_service(1, 1.0)] == ["rollout-0"]
-        with pytest.raises(PeerLostError, match=r"1 of 2 rollout servers serve weights of version 7.*rollout-0 \(ready"):
+        with pytest.raises(
+            PeerLostError, match=r"1 of 2 rollout servers serve weights of version 7.*rollout-0 \(ready"
+        ):
             await here.weights.wait_in_service(2, 0.1)
 
 

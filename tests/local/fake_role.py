@@ -48,8 +48,9 @@ class Status(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    with (RUN / "starts.jsonl").open("a") as file:
-        file.write(json.dumps({"name": NAME, "pid": os.getpid(), "environment": dict(os.environ)}) + "\n")
+    start = {"name": NAME, "pid": os.getpid(), "environment": dict(os.environ)}
+    with (RUN / "starts.jsonl").open("ab", buffering=0) as file:
+        file.write((json.dumps(start) + "\n").encode())  # one append: others write to the file too
     print(f"{NAME} runs as {sys.argv[1]}", flush=True)
     told = directive()
     if NAME == "coordinator":

@@ -66,7 +66,16 @@ UNCOUNTED = Decision(SET, "trainer-0", counted=False)
 def test_the_wait_doubles_up_to_its_limit() -> None:
     budget = Budget(max_restarts=8, backoff_seconds=2.0)
     waits = [budget.charge(COUNTED) for _ in range(8)]
-    assert waits == [2.0, 4.0, 8.0, 16.0, 32.0, LONGEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS]
+    assert waits == [
+        2.0,
+        4.0,
+        8.0,
+        16.0,
+        32.0,
+        LONGEST_BACKOFF_SECONDS,
+        LONGEST_BACKOFF_SECONDS,
+        LONGEST_BACKOFF_SECONDS,
+    ]
 
 
 @pytest.mark.parametrize("restarts", [0, 1, 3])

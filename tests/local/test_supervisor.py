@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from grpo_worker.config import GRPOJob, job_from_document
-from grpo_worker.errors import ConfigError, DataError, DeviceError, ExitCode, GRPOError, RetryableError, YieldedError
+from grpo_worker.errors import ConfigError, DataError, DeviceError, ExitCode, GRPOError, InternalError, YieldedError
 from grpo_worker.local import child, supervisor
 from grpo_worker.local.supervisor import Supervisor
 from grpo_worker.metric_loggers.events import Event
@@ -92,8 +92,9 @@ class Run:
 
     def starts(self, name: str) -> list[dict[str, Any]]:
         file = self.root / "starts.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [start for start in map(json.loads, lines) if start["name"] == name]
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        starts = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [start for start in starts if start["name"] == name]
 
     def counts(self) -> dict[str, int]:
         return {name: len(self.starts(name)) for name in ("coordinator", "trainer-0", "rollout-0")}
@@ -215,9 +216,9 @@ def test_progress_gives_the_restarts_back(run: Run) -> None:
 
     def again() -> None:
         for step in (1, 2, 3):
-            until(lambda: len(run.starts("rollout-0")) == 1 + 2 * step)
+            until(lambda starts=1 + 2 * step: len(run.starts("rollout-0")) == starts)
             run.step(step + 1)
-            until(lambda: run.view.steps[-1] == step + 1)
+            until(lambda shown=step + 1: run.view.steps[-1] == shown)
             if step < 3:
                 run.ends("rollout-0", {"signal": 9})
                 os.kill(run.starts("rollout-0")[-1]["pid"], signal.SIGKILL)
@@ -226,16 +227,14 @@ def test_progress_gives_the_restarts_back(run: Run) -> None:
         run.go()
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"), [(65, DataError), (78, ConfigError), (64, GRPOError), (81, GRPOError)]
-)
+@pytest.mark.parametrize(("code", "kind"), [(65, DataError), (78, ConfigError), (64, GRPOError), (81, GRPOError)])
 @pytest.mark.parametrize("name", ["coordinator", "trainer-0", "rollout-0"])
 def test_what_no_restart_mends_ends_the_run_at_once(run: Run, name: str, code: int, kind: type[GRPOError]) -> None:
     run.ends(name, {"code": code, "reason": "InvalidData", "message": "model.path: /nowhere does not exist"})
     started = time.monotonic()
     with pytest.raises(kind, match=rf"{name} failed: model\.path: /nowhere does not exist") as caught:
         run.go()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert caught.value.exit_code == code
     assert caught.value.reason == "InvalidData"
     assert str(run.directory.logs / f"{name}.log") in str(caught.value)
@@ -245,7 +244,7 @@ def test_what_no_restart_mends_ends_the_run_at_once(run: Run, name: str, code: i
 def test_a_process_without_a_last_word_is_told_by_the_end_of_its_log(run: Run) -> None:
     run.ends("trainer-0", *[{"code": 1}] * 9)
     (run.root / "step").write_text("0")
-    with pytest.raises(RetryableError, match=r"(?s)trainer-0 failed.*ended with exit code 1.*trainer-0 runs as trainer"):
+    with pytest.raises(InternalError, match=r"(?s)trainer-0 failed.*ended with exit code 1.*trainer-0 runs as trainer"):
         run.go()
 
 
@@ -294,9 +293,11 @@ def test_a_port_in_use_names_its_field(run: Run, field: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops(run: Run, number: int) -> None:
-    with run.meanwhile(lambda: until(lambda: run.view.steps), lambda: os.kill(os.getpid(), number)):
-        with pytest.raises(YieldedError, match="stopped after step 1 of 9"):
-            run.go()
+    with (
+        run.meanwhile(lambda: until(lambda: run.view.steps), lambda: os.kill(os.getpid(), number)),
+        pytest.raises(YieldedError, match="stopped after step 1 of 9"),
+    ):
+        run.go()
     assert "Stopping" in run.view.reasons()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -305,13 +306,15 @@ def test_a_job_over_its_deadline_is_saved_and_fails(run: Run) -> None:
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"activeDeadlineSeconds: the job ran longer than 1 s\. Its state is saved"):
         run.go(job(activeDeadlineSeconds=1))
-    assert 1 <= time.monotonic() - started < 10
+    assert 1 <= time.monotonic() - started < 30
     assert "DeadlineExceeded" in run.view.reasons()
 
 
 def test_a_job_that_stands_still_is_restarted_and_then_given_up(run: Run) -> None:
-    policy = {"maxRestarts": 1, "backoffSeconds": 0.0, "stallTimeoutSeconds": 0.8, "startupTimeoutSeconds": 60.0}
-    with pytest.raises(GRPOError, match=r"no step was finished within 1 s \(failurePolicy\.stallTimeoutSeconds\)") as caught:
+    policy = {"maxRestarts": 1, "backoffSeconds": 0.0, "stallTimeoutSeconds": 3.0, "startupTimeoutSeconds": 60.0}
+    with pytest.raises(
+        GRPOError, match=r"no step was finished within 3 s \(failurePolicy\.stallTimeoutSeconds\)"
+    ) as caught:
         run.go(job(failurePolicy=policy))
     assert caught.value.exit_code is ExitCode.STALLED
     assert run.counts() == {"coordinator": 2, "trainer-0": 2, "rollout-0": 1}

@@ -54,7 +54,7 @@ def test_fields_of_a_job_reach_the_trainer() -> None:
     options = options_of(spec, environment, "cpu")
     assert options.reference and options.optimizer_offload and options.temperature == 0.7
     assert options.loss.kl_loss_coef == 0.5 and options.max_token_len_per_gpu == 9000
-    assert options.optimizer.total_updates == 10 * 4 * 2
+    assert options.schedule_of(10).total_updates == 10 * 4 * 2
     assert (options.optimizer.lr, options.optimizer.warmup_updates, options.optimizer.grad_clip) == (3e-6, 4, 0.5)
     assert (options.coordinator_url, options.advertised_host, options.host) == ("http://c:1", "10.0.0.7", "0.0.0.0")
 

@@ -69,7 +69,10 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
     from grpo_worker.demo.prepare import prepare_demo
 
+    logging.disable_progress_bar()  # of the one file that is saved
     paths = prepare_demo(options.directory, options.seed, report=lambda line: print(line, file=sys.stderr, flush=True))
     print(f"model {paths.model}, training {paths.train}, held out {paths.test}")

@@ -49,7 +49,7 @@ def field(
         immutable: False for a field that may change on a running job.
         rules: pydantic constraints (ge, gt, le, lt, pattern, min_length, ...).
     """
-    extra = {"x-verl": verl, "x-unit": unit, "x-mutable": None if immutable else True}
+    extra: dict[str, Any] = {"x-verl": verl, "x-unit": unit, "x-mutable": None if immutable else True}
     extra = {key: value for key, value in extra.items() if value is not None}
     if isinstance(default, type) and issubclass(default, BaseModel):
         return Field(default_factory=default, description=doc, json_schema_extra=extra or None, **rules)

@@ -19,7 +19,11 @@ class Data(Section):
         "prompt", "Column of the prompt: text, or a list of chat messages.", verl="data.prompt_key", min_length=1
     )
     response_key: str = field("response", "Column of the reference response; may be empty.", min_length=1)
-    reward_key: str = field("reward", "Column of the ground truth; a dotted path reads a struct, e.g. reward_model.ground_truth.", min_length=1)
+    reward_key: str = field(
+        "reward",
+        "Column of the ground truth; a dotted path reads a struct, e.g. reward_model.ground_truth.",
+        min_length=1,
+    )
     train_batch_size: int = field(1024, "Prompts a step.", verl="data.train_batch_size", unit="prompts", ge=1)
     max_prompt_length: int = field(512, "Longest prompt.", verl="data.max_prompt_length", unit="tokens", ge=1)
     max_response_length: int = field(

@@ -79,7 +79,9 @@ class Rollout(Section):
         True,
         "Each sample has its own generator, so results do not depend on batching; false is faster on GPU and not reproducible.",
     )
-    request_timeout_seconds: float = field(600.0, "Deadline of a prompt's generation, from when an engine can run it.", unit="seconds", gt=0)
+    request_timeout_seconds: float = field(
+        600.0, "Deadline of a prompt's generation, from when an engine can run it.", unit="seconds", gt=0
+    )
     max_attempts: int = field(3, "Dispatches of a prompt before it is counted as failed.", ge=1)
     validation: ValidationSampling = field(
         ValidationSampling, "Sampling on the validation files.", verl="rollout.val_kwargs"

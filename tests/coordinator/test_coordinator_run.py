@@ -1,0 +1,241 @@
+"""The whole coordinator, with real data, rewards, checkpoints and HTTP; trainer and engines are stand-ins that speak the protocol.
+
+What is counted here is prompts: over engines that die, stops and resumes, each prompt of each epoch is trained exactly once.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from aiohttp import web
+from coordinator_helpers import TOKEN, Engine, Trainer, answer, good
+from transformers import PreTrainedTokenizerBase
+
+from grpo_worker.config import GRPOJob, job_from_document
+from grpo_worker.coordinator import dispatch, saver
+from grpo_worker.coordinator.main import Coordinator
+from grpo_worker.coordinator.trainer_client import TrainerLost
+from grpo_worker.environment import COORDINATOR_PORT, JOB_TOKEN, RUN_DIRECTORY
+from grpo_worker.errors import DataError, YieldedError
+from grpo_worker.local.placement import free_port
+from grpo_worker.protocol.auth import authorization
+from grpo_worker.protocol.heartbeat import HeartbeatClient
+from grpo_worker.protocol.messages import (
+    Array,
+    GenerateRequest,
+    LoadReply,
+    LoadRequest,
+    LogProbsReply,
+    LogProbsRequest,
+    SaveReply,
+    SaveRequest,
+    SaveStatusReply,
+    SaveStatusRequest,
+    UpdateReply,
+    UpdateRequest,
+)
+
+pytestmark = pytest.mark.asyncio
+
+PROMPTS, BATCH, EPOCHS = 24, 4, 2
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(dispatch, "CHUNK_PROMPTS", 2)
+
+
+async def dies_now_and_then(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:  # fmt: skip
+    """Every other request is cut off after its first answer."""
+    if len(engine.requests) % 2:
+        await engine.write(stream, answer(request.prompts[0], request.sampling.n, engine.version))
+        assert http.transport is not None
+        http.transport.abort()
+        return
+    await good(engine, stream, http, request)
+
+
+class Learner(Trainer):
+    """A trainer whose state is the number of its last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        self.answers |= {
+            LogProbsRequest: self.log_probs,
+            UpdateRequest: self.update,
+            SaveRequest: self.save,
+            SaveStatusRequest: lambda request: SaveStatusReply(done=True),
+            LoadRequest: lambda request: LoadReply(step=int(request.directory.rpartition("_")[2])),
+        }
+
+    def log_probs(self, request: LogProbsRequest) -> LogProbsReply:
+        tokens = int(request.batch.response_lengths.numpy().sum())
+        return LogProbsReply(
+            log_probs=Array.of([-0.5] * tokens, "float32"), entropy=None, ref_log_probs=None, metrics={}
+        )
+
+    def update(self, request: UpdateRequest) -> Any:
+        self.steps.append(request.step)
+        return UpdateReply(metrics={"actor/grad_norm": 1.0})
+
+    def save(self, request: SaveRequest) -> Any:
+        for name in ("actor/model.safetensors", "state/shard"):
+            path = Path(request.directory) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(request.step))
+        return SaveReply(stall_seconds=0.0)
+
+
+class Stage:
+    """A run directory with data and a tokenizer, and the members of a job."""
+
+    def __init__(self, root: Path, url: str, rewards: Path) -> None:
+        self.root = root
+        self.url = url
+        self.rewards = rewards
+        self.trainer = Learner()
+        self.engines: list[Engine] = []
+
+    def job(self, **sections: dict[str, Any]) -> GRPOJob:
+        spec: dict[str, Any] = {
+            "model": {"path": str(self.root / "model")},
+            "data": {"trainFiles": [str(self.root / "train.parquet")], "trainBatchSize": BATCH, "maxPromptLength": 16},
+            "actor": {"ppoMiniBatchSize": 2},
+            "rollout": {"n": 2, "maxAttempts": 50},
+            "reward": {"function": f"{self.rewards}:last_digit", "workers": 1},
+            "trainer": {"totalEpochs": EPOCHS, "testFreq": 0, "loggers": ["jsonl"]},
+            "checkpoint": {"saveFreq": 5},
+            "network": {"heartbeatSeconds": 0.02, "memberTimeoutSeconds": 5.0},
+            "failurePolicy": {"startupTimeoutSeconds": 20.0, "stallTimeoutSeconds": 20.0},
+        }
+        for name, section in sections.items():
+            spec[name] = spec.get(name, {}) | section
+        document = {"apiVersion": "grpo.dev/v1alpha1", "kind": "GRPOJob", "metadata": {"name": "job"}, "spec": spec}
+        return job_from_document(document)
+
+    @asynccontextmanager
+    async def members(self, *engines: Engine) -> AsyncIterator[None]:
+        """A trainer and these engines, sending heartbeats."""
+        self.trainer, self.engines = Learner(), list(engines)
+        everybody = [self.trainer, *self.engines]
+        for one in everybody:
+            await one.start()
+        clients = [HeartbeatClient(self.url, TOKEN, 0.02, one.beat) for one in everybody]
+        beats = [asyncio.create_task(client.run()) for client in clients]
+        try:
+            yield
+        finally:
+            for beat in beats:
+                beat.cancel()
+            await asyncio.gather(*beats, return_exceptions=True)
+            for one in everybody:
+                await one.stop()
+
+    async def train(self, job: GRPOJob) -> None:
+        async with asyncio.timeout(60):
+            await Coordinator(job).run()
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.root / "run" / name).read_text().splitlines()]
+
+    def trained(self) -> Counter[str]:
+        return Counter(uid for record in self.records("ledger.jsonl") for uid in record["trained"])
+
+
+@pytest.fixture
+def stage(tmp_path: Path, rewards: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    tokenizer.save_pretrained(str(tmp_path / "model"))
+    columns = {"prompt": [f"{i}+1=" for i in range(PROMPTS)], "response": [""] * PROMPTS, "reward": [str(i + 1) for i in range(PROMPTS)]}  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    port = free_port()
+    monkeypatch.setenv(COORDINATOR_PORT, str(port))
+    monkeypatch.setenv(JOB_TOKEN, TOKEN)
+    monkeypatch.setenv(RUN_DIRECTORY, str(tmp_path / "run"))
+    return Stage(tmp_path, f"http://127.0.0.1:{port}", rewards)
+
+
+def once_an_epoch(trained: Counter[str]) -> bool:
+    return len(trained) == PROMPTS * EPOCHS and set(trained.values()) == {1}
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("second", [good, dies_now_and_then], ids=lambda behaviour: behaviour.__name__)
+async def test_each_prompt_is_trained_exactly_once_an_epoch(stage: Stage, staleness: int, second: Any) -> None:
+    async with stage.members(Engine("rollout-0"), Engine("rollout-1", second)):
+        await stage.train(stage.job(rollout={"n": 2, "maxStaleness": staleness, "maxAttempts": 50}))
+    steps = PROMPTS * EPOCHS // BATCH
+    assert once_an_epoch(stage.trained())
+    assert stage.trainer.steps == list(range(1, steps + 1))
+    metrics = stage.records("metrics.jsonl")
+    assert [line["step"] for line in metrics] == stage.trainer.steps
+    assert max(line["training/off_policy/trajectory_staleness/max"] for line in metrics) <= staleness
+    assert list((stage.root / "run" / "checkpoints").glob(f"epoch_*_step_{steps}"))
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+async def test_a_run_that_was_stopped_goes_on_without_losing_or_repeating_a_prompt(
+    stage: Stage, staleness: int
+) -> None:
+    job = stage.job(rollout={"n": 2, "maxStaleness": staleness, "maxAttempts": 50})
+    async with stage.members(Engine("rollout-0")):
+        update = stage.trainer.update
+
+        async def stop_at_the_seventh(request: UpdateRequest) -> Any:
+            if request.step == 7:
+                async with aiohttp.ClientSession() as session:
+                    await session.post(f"{stage.url}/v1/stop", headers=authorization(TOKEN))
+            return update(request)
+
+        stage.trainer.answers[UpdateRequest] = stop_at_the_seventh
+        with pytest.raises(YieldedError, match="stopped after step 7 of 12"):
+            await stage.train(job)
+        assert len(stage.trained()) == 7 * BATCH
+    async with stage.members(Engine("rollout-0")):
+        await stage.train(job)
+    assert stage.trainer.steps == [8, 9, 10, 11, 12]
+    assert once_an_epoch(stage.trained())
+    assert [line["step"] for line in stage.records("metrics.jsonl")] == list(range(1, 13))
+
+
+async def test_a_run_whose_trainer_died_goes_on_from_its_last_checkpoint(stage: Stage) -> None:
+    async with stage.members(Engine("rollout-0")):
+        update = stage.trainer.update
+        stage.trainer.answers[UpdateRequest] = lambda request: None if request.step == 8 else update(request)
+        with pytest.raises(TrainerLost, match="died during Update"):
+            await stage.train(stage.job())
+    async with stage.members(Engine("rollout-0")):
+        await stage.train(stage.job())
+    assert stage.trainer.steps == list(range(6, 13))
+    assert once_an_epoch(stage.trained())
+
+
+async def test_a_reward_function_that_always_fails_stops_the_run_at_its_first_step(stage: Stage) -> None:
+    job = stage.job(reward={"function": f"{stage.rewards}:broken"})
+    async with stage.members(Engine("rollout-0")):
+        with pytest.raises(DataError, match=r"(?s)reward\.function.*the verifier is broken"):
+            await stage.train(job)
+    assert stage.trainer.steps == []
+
+
+async def test_the_members_are_told_when_the_run_is_over(stage: Stage) -> None:
+    job = stage.job(trainer={"totalEpochs": EPOCHS, "totalSteps": 1, "testFreq": 0, "loggers": ["jsonl"]})
+    async with stage.members(Engine("rollout-0")):
+        engine = stage.engines[0]
+        client = HeartbeatClient(stage.url, TOKEN, 0.02, engine.beat)
+        beats = asyncio.create_task(client.run())
+        await stage.train(job)
+        beats.cancel()
+    assert client.reply is not None
+    assert client.reply.stop
+    events = [event["reason"] for event in stage.records("events.jsonl")]
+    assert events[-1] == "Succeeded"
