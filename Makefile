@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 LOCK := $(shell cat constraints/cpu.txt Makefile 2>/dev/null | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.ready-$(LOCK)
 
-.PHONY: demo test test-fast lint format bench generated lock clean
+.PHONY: demo test lint format bench generated lock clean
 
 demo: $(STAMP)
 	$(BIN)/python -m grpo_worker.demo.show
@@ -52,6 +52,8 @@ lock: $(UV)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV): $(STAMP)
 
 $(STAMP): | $(UV)
 	rm -rf $(VENV)

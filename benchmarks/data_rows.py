@@ -135,6 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import datasets
+
     from grpo_worker.data import DataOptions, PromptDataset, PromptEncoder
 
     datasets.disable_progress_bars()

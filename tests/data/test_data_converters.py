@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from grpo_worker.data import DataOptions, PromptDataset, PromptEncoder, convert_gsm8k, make_reasoning_gym
 from grpo_worker.data.gsm8k import final_number
 from grpo_worker.errors import ConfigError, DataError, UsageError

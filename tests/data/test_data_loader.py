@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from grpo_worker.data import Cursor, DataOptions, FunctionDataset, PromptDataset, PromptEncoder
 from grpo_worker.data.order import KeptRows, permutation, row_order
 from grpo_worker.data.reader import RowGroupIndex, RowGroupReader
 from grpo_worker.data.schema import check_files
 from grpo_worker.errors import DataError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 # Of the module, since Arrow keeps only a pointer: a pool that dies before a buffer of it takes the process along.
 COUNTING_POOL = pa.proxy_memory_pool(pa.default_memory_pool())

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from grpo_worker.data.options import DataOptions
 from grpo_worker.data.schema import Kind, check_files
 from grpo_worker.errors import DataError, ExitCode, UsageError

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+
 from grpo_worker.data.tokenize import PromptEncoder, truncate
 from grpo_worker.data.tokenizer import load_tokenizer
 from grpo_worker.errors import DataError, UsageError
-from tokenizers.processors import TemplateProcessing
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "go"}]
 

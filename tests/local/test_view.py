@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 import pytest
-from grpo_worker.local.view import LiveView, PlainView, open_view, render
-from grpo_worker.metric_loggers.events import Event
 from rich.cells import cell_len
 from rich.console import Console
+
+from grpo_worker.local.view import LiveView, PlainView, open_view, render
+from grpo_worker.metric_loggers.events import Event
 
 NOW = 1_780_000_000.0
 STATUS: dict[str, Any] = {

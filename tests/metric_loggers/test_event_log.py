@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from grpo_worker.metric_loggers.events import MAX_MESSAGE_CHARACTERS, EventLog, read_events
 
 WRITER = """

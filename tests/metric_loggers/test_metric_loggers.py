@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from grpo_worker.errors import ConfigError
 from grpo_worker.metric_loggers import MetricLoggers, open_loggers, read_events
 from grpo_worker.metric_loggers.formatting import format_duration, format_number, sparkline

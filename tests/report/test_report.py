@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from grpo_worker.errors import ConfigError, DataError
 from grpo_worker.report import write_report
 from grpo_worker.report.curves import Chart, Series, make_charts, smooth
@@ -79,7 +80,7 @@ def write_run(run_dir: Path, steps: int = STEPS) -> Path:
     with (run_dir / "samples.jsonl").open("w") as file:
         for step in (0, 30, steps):
             for i in range(8):
-                right = step == steps and i != 5 or i == 2
+                right = (step == steps and i != 5) or i == 2
                 answer = 12 * i + 7 + 3 * i
                 response = f"12 * {i} = {12 * i}\n{12 * i} + {7 + 3 * i} = {answer}\n#### {answer if right else answer + 1 + i}"
                 sample = {

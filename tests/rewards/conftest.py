@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from grpo_worker.rewards.base import RewardInput
 
 MISBEHAVING = '''

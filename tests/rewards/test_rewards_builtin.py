@@ -6,6 +6,7 @@ from decimal import Decimal
 
 import pytest
 import reasoning_gym as rg
+
 from grpo_worker.rewards.base import RewardInput, RewardResult
 from grpo_worker.rewards.lookup import resolve
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import pytest
+
 from grpo_worker.errors import DataError
 from grpo_worker.rewards.base import InvalidRewardError, RewardInput, RewardResult, as_result
 from grpo_worker.rewards.lookup import resolve

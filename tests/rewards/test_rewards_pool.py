@@ -1,3 +1,4 @@
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC240  (blocking the loop, and owning a real parent, is what is tested)
 """The pool against real worker processes: whatever one sample does, every sample gets its outcome."""
 
 import asyncio
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
 from grpo_worker.errors import DataError, RetryableError, UsageError
 from grpo_worker.rewards.base import RewardInput, RewardResult
 from grpo_worker.rewards.pool import PoolClosedError, RewardOutcome, RewardPool

@@ -98,7 +98,9 @@ class Run:
     def wait_until(self, condition: Callable[[], bool], limit_seconds: float = LIMIT_SECONDS) -> None:
         deadline = time.monotonic() + limit_seconds
         while not condition():
-            assert self.process.poll() is None, f"the run ended with {self.process.returncode}:\n{self.output()[-3000:]}"
+            assert self.process.poll() is None, (
+                f"the run ended with {self.process.returncode}:\n{self.output()[-3000:]}"
+            )
             assert time.monotonic() < deadline, f"waited too long:\n{self.output()[-3000:]}"
             time.sleep(0.05)
 
@@ -114,7 +116,9 @@ class Run:
             except OSError:
                 continue
             if int(status[1]) == self.process.pid:
-                name = next((v for v in environment if v.startswith(b"GRPO_MEMBER_NAME=")), b"=").split(b"=")[1].decode()
+                name = (
+                    next((v for v in environment if v.startswith(b"GRPO_MEMBER_NAME=")), b"=").split(b"=")[1].decode()
+                )
                 found[name] = int(entry.name)
         return found
 

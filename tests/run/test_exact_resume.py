@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 def optimizer_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of the DCP shards, read without the trainer."""
-    from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint._traverse import traverse_state_dict
+    from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, object] = {}
     _load_state_dict(
@@ -43,7 +43,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> 
     assert repeatable(resumed.lines("metrics.jsonl")) == metrics
     last = whole.checkpoints()[-1]
     assert resumed.checkpoints()[-1] == last
-    ours, theirs = (load_file(run.directory / "checkpoints" / last / "actor" / "model.safetensors") for run in (whole, resumed))
+    ours, theirs = (
+        load_file(run.directory / "checkpoints" / last / "actor" / "model.safetensors") for run in (whole, resumed)
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     before, after = (optimizer_state(run.directory / "checkpoints" / last) for run in (whole, resumed))

@@ -46,7 +46,9 @@ def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change:
         assert np.abs(found - expected).mean() < 0.02 * step
         metrics = actual.updater.update(sequences, step)
         norm = wanted.updater.update(sequences, step)["actor/grad_norm"]
-        assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=0.2 * step)  # bfloat16; the second norm follows another first update
+        assert metrics["actor/grad_norm"] == pytest.approx(
+            norm, rel=0.2 * step
+        )  # bfloat16; the second norm follows another first update
         assert metrics["perf/max_memory_allocated_gb"] > 0
     actual.shards.save(tmp_path / "checkpoint", actual.state)
     status = actual.save_status(60.0)

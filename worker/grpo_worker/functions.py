@@ -111,4 +111,4 @@ def _member(module: ModuleType, function_name: str, name: str, field: str) -> Ca
         raise DataError(
             f"{field}: {name!r}: {function_name!r} of {where} is a {type(function).__name__}, not a function."
         )
-    return function  # type: ignore[no-any-return]
+    return function

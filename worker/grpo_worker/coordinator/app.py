@@ -28,7 +28,7 @@ def make_app(
 
     async def heartbeat(request: web.Request) -> web.Response:
         try:
-            beat = codec.decode(await request.read(), Heartbeat)
+            beat: Heartbeat = codec.decode(await request.read(), Heartbeat)
         except msgspec.DecodeError as error:
             raise web.HTTPBadRequest(text=f"not a heartbeat: {error}") from None
         members.beat(beat)

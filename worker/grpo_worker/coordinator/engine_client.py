@@ -42,7 +42,9 @@ class EngineClient:
                         f"{member.name} refused a request: {_refusal(await response.read(), response.status)}"
                     )
                 while True:
-                    frame = await codec.read_frame(response.content, GroupResult | GenerateEnd, limit)
+                    frame: GroupResult | GenerateEnd = await codec.read_frame(
+                        response.content, GroupResult | GenerateEnd, limit
+                    )
                     if isinstance(frame, GenerateEnd):
                         return frame
                     on_result(frame)

@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo_worker.algorithms import (
     AdvantageEstimator,
     AdvantageInputs,
+    CorrectionResult,
     KLController,
     Rejection,
     checked,
@@ -160,15 +161,10 @@ def judge(
         norm_by_std=algorithm.norm_adv_by_std,
         gamma=algorithm.gamma,
     )
-    advantages = checked(algorithm.advantage_estimator, _estimate(estimator, inputs, algorithm.advantage_estimator), inputs)
-    correction = rollout_weights(
-        old,
-        experience.rollout_log_probs,
-        mask,
-        experience.seq_ids,
-        experience.sequences,
-        **_correction(algorithm.rollout_correction),
+    advantages = checked(
+        algorithm.advantage_estimator, _estimate(estimator, inputs, algorithm.advantage_estimator), inputs
     )
+    correction = _correct(experience, old, mask, algorithm.rollout_correction)
     metrics |= correction.metrics
     return Judged(experience, old, ref, token_rewards, advantages, correction.weights, correction.mask, metrics)
 
@@ -182,15 +178,20 @@ def _estimate(estimator: AdvantageEstimator, inputs: AdvantageInputs, name: str)
         raise DataError(f"algorithm.advantageEstimator: {name!r} raised:\n{traceback_tail(error)}") from error
 
 
-def _correction(options: RolloutCorrection) -> dict[str, object]:
+def _correct(experience: Experience, old: Tensor, mask: Tensor, options: RolloutCorrection) -> CorrectionResult:
+    """Weights of the mismatch. In bypass mode old and rollout log-probs are the same numbers: every weight is 1."""
     low, high = options.rollout_is_lower_threshold, options.rollout_is_threshold
-    return {
-        # In bypass mode old and rollout log-probs are the same numbers: every weight is 1.
-        "level": options.rollout_is,
-        "threshold": high if low is None else (low, high),
-        "batch_normalize": options.rollout_is_batch_normalize,
-        "rejections": [Rejection(kind, options.rollout_rs_threshold) for kind in options.rollout_rs],
-    }
+    return rollout_weights(
+        old,
+        experience.rollout_log_probs,
+        mask,
+        experience.seq_ids,
+        experience.sequences,
+        level=options.rollout_is,
+        threshold=high if low is None else (low, high),
+        batch_normalize=options.rollout_is_batch_normalize,
+        rejections=[Rejection(kind, options.rollout_rs_threshold) for kind in options.rollout_rs],
+    )
 
 
 def _overlong(experience: Experience, options: OverlongBuffer, max_response_tokens: int) -> Tensor:

@@ -235,7 +235,9 @@ class TrainingLoop:
                 spec.data.max_response_length,
             )
         with timer.part("update_actor"):
-            reply = await parts.trainer.call(UpdateRequest(step=self._step + 1, total_steps=self._total_steps, batch=judged.wire()), UpdateReply)
+            reply = await parts.trainer.call(
+                UpdateRequest(step=self._step + 1, total_steps=self._total_steps, batch=judged.wire()), UpdateReply
+            )
         self._step += 1
         metrics = (
             experience_metrics(judged, spec.data.max_response_length)
@@ -283,7 +285,11 @@ class TrainingLoop:
         if self._stop_reason:
             parts.progress.set("Stopping", self._stop_reason)
         elif self._step < self._total_steps:
-            parts.emit("warning", "DataEnded", f"the data ended after {self._step} of {self._total_steps} steps: prompts were filtered or failed")
+            parts.emit(
+                "warning",
+                "DataEnded",
+                f"the data ended after {self._step} of {self._total_steps} steps: prompts were filtered or failed",
+            )
             if self._spec.trainer.test_freq > 0 and self._validated_step != self._step > 0:
                 parts.loggers.log(self._step, self._metrics | await self._validate(self._step))
         await parts.saver.wait()

@@ -16,6 +16,7 @@ import msgspec
 from grpo_worker.coordinator.members import Member, Members
 from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.errors import ConfigError, PeerLostError
+from grpo_worker.metric_loggers.events import Level
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.auth import authorization
 from grpo_worker.protocol.messages import (
@@ -27,7 +28,7 @@ from grpo_worker.protocol.messages import (
     StoreSource,
 )
 
-Emit = Callable[[str, str, str], None]
+Emit = Callable[[Level, str, str], None]
 RETRY_SECONDS = 1.0
 MISMATCH = "WeightsMismatch"  # the tensors do not fit the engine's model: trying again cannot help
 
@@ -199,10 +200,12 @@ class WeightSync:
             ) from error
         try:
             if response.status >= 400:
-                refusal = codec.decode(body, ErrorReply)
+                refusal: ErrorReply = codec.decode(body, ErrorReply)
                 message = f"{member.name} refused version {request.version}: {refusal.message}"
                 if refusal.reason == MISMATCH:
-                    raise ConfigError(f"{message}. Trainer and engine do not load the same model: check model.path on both sides.")
+                    raise ConfigError(
+                        f"{message}. Trainer and engine do not load the same model: check model.path on both sides."
+                    )
                 raise PeerLostError(message)
             return codec.decode(body, ApplyWeightsReply)
         except msgspec.DecodeError as error:

@@ -4,8 +4,6 @@ Invariant: a source's blocks, their order and their rows never change while a jo
 ever and a cursor means the same place after a restart.
 """
 
-
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass

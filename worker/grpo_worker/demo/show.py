@@ -31,7 +31,9 @@ def main() -> int:
     lines = [json.loads(line) for line in (RUN_DIRECTORY / "metrics.jsonl").read_text().splitlines()]
     accuracies = [line[ACCURACY] for line in lines if ACCURACY in line]
     steps, seconds = lines[-1]["step"], time.monotonic() - started
-    print(f"demo: accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f} over {steps} steps in {format_duration(seconds)}")
+    print(
+        f"demo: accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f} over {steps} steps in {format_duration(seconds)}"
+    )
     return 0
 
 

@@ -334,7 +334,16 @@ class Supervisor:
 
 _ERRORS: dict[int, type[GRPOError]] = {
     kind.exit_code: kind
-    for kind in (UsageError, DataError, ConfigError, RetryableError, CheckpointDamagedError, PeerLostError, StalledError, DeviceError)
+    for kind in (
+        UsageError,
+        DataError,
+        ConfigError,
+        RetryableError,
+        CheckpointDamagedError,
+        PeerLostError,
+        StalledError,
+        DeviceError,
+    )
 }
 
 

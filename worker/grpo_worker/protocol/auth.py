@@ -5,15 +5,13 @@ Invariant: a request without the job's token is answered 401 before its body is 
 
 import hmac
 import os
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from grpo_worker.environment import JOB_TOKEN
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def job_token() -> str:
@@ -30,7 +28,7 @@ def allowed(header: str, token: str) -> bool:
     return not token or hmac.compare_digest(header.encode(), f"Bearer {token}".encode())
 
 
-def middleware(token: str) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def middleware(token: str) -> Middleware:
     """aiohttp middleware that enforces the invariant."""
 
     @web.middleware

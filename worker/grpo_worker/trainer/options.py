@@ -23,7 +23,9 @@ class OptimizerOptions:
     grad_clip: float = 1.0  # global L2 norm; 0 turns clipping off
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_updates: int = 0
-    total_updates: int = 0  # optimizer steps of the whole run; 0: not known yet (the coordinator tells with each update)
+    total_updates: int = (
+        0  # optimizer steps of the whole run; 0: not known yet (the coordinator tells with each update)
+    )
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:

@@ -32,7 +32,9 @@ def policy_loss(loss_mode: str) -> PolicyLoss:
         except Exception as error:
             raise DataError(f"{FIELD}: {loss_mode!r} raised:\n{traceback_tail(error)}") from error
         if not isinstance(output, PolicyLossOutput) or output.loss.shape != inputs.log_probs.shape:
-            raise DataError(f"{FIELD}: {loss_mode!r} must return a PolicyLossOutput with one loss a token, {tuple(inputs.log_probs.shape)}.")
+            raise DataError(
+                f"{FIELD}: {loss_mode!r} must return a PolicyLossOutput with one loss a token, {tuple(inputs.log_probs.shape)}."
+            )
         return output
 
     return checked
