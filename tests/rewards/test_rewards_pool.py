@@ -226,7 +226,7 @@ async def test_a_function_that_does_not_load_fails_the_start_with_its_reason(
 
 async def test_a_function_that_loads_forever_fails_the_start_at_its_limit(user_folder: Path) -> None:
     (user_folder / "slow.py").write_text("while True:\n    pass\n")
-    with pytest.raises(DataError, match=r"was not loaded within 0\.5 s.*reward\.startupTimeoutSeconds"):
+    with pytest.raises(DataError, match=r"was not loaded within 0\.5 s.*failurePolicy\.startupTimeoutSeconds"):
         await RewardPool("slow:reward", {}, 2, LIMIT_SECONDS, 0.5).start()
 
 
@@ -248,7 +248,7 @@ async def test_when_no_worker_starts_any_more_the_callers_are_told(user_folder: 
     [
         (0, 1.0, 1.0, "reward.workers"),
         (1, 0.0, 1.0, "reward.timeoutSeconds"),
-        (1, 1.0, -1.0, "reward.startupTimeoutSeconds"),
+        (1, 1.0, -1.0, "failurePolicy.startupTimeoutSeconds"),
     ],
 )
 async def test_limits_have_to_be_above_zero(workers: int, timeout: float, startup: float, field: str) -> None:

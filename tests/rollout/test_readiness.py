@@ -85,7 +85,7 @@ KV_CACHE = (
             "Engine core initialization failed",
             True,
             ConfigError,
-            ["rollout.gpuMemoryUtilization (now 0.6)", "maxModelLen"],
+            ["rollout.gpuMemoryUtilization (now 0.6)", "data.maxResponseLength"],
         ),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "failed", True, ConfigError, ["CUDA out of memory"]),
         ("RuntimeError: CUDA error: an illegal memory access", "failed", True, DeviceError, ["illegal memory access"]),

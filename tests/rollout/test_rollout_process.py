@@ -179,5 +179,9 @@ def test_too_little_memory_for_one_sequence_is_told_with_vllms_numbers(tmp_path:
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "wide")
     code, word = last_word(start(tmp_path, tmp_path / "wide", 1, max_model_len=16384))
     assert (code, word["reason"]) == (78, "InvalidConfiguration")
-    for part in ("GiB KV cache is needed", "rollout.cpuKVCacheGiB (now 1)", "rollout.maxModelLen (now 16384 tokens"):
+    for part in (
+        "GiB KV cache is needed",
+        "rollout.cpuKVCacheGiB (now 1)",
+        "data.maxResponseLength (the engine's context is their sum, 16384 tokens)",
+    ):
         assert part in word["message"]

@@ -93,12 +93,12 @@ class RewardPool:
         memory_limit_bytes: int | None = None,
     ) -> None:
         for name, value in (
-            ("workers", workers),
-            ("timeoutSeconds", timeout_seconds),
-            ("startupTimeoutSeconds", startup_timeout_seconds),
+            ("reward.workers", workers),
+            ("reward.timeoutSeconds", timeout_seconds),
+            ("failurePolicy.startupTimeoutSeconds", startup_timeout_seconds),
         ):
             if not value > 0:
-                raise UsageError(f"reward.{name}: {value} is not above 0.")
+                raise UsageError(f"{name}: {value} is not above 0.")
         self._setup = Setup(function_name, options, memory_limit_bytes)
         self._timeout_seconds = timeout_seconds
         self._startup_timeout_seconds = startup_timeout_seconds
