@@ -18,7 +18,7 @@ STAMP := $(VENV)/.ready-$(LOCK)
 .PHONY: demo test lint format bench generated lock clean
 
 demo: $(STAMP)
-	$(BIN)/python -m grpo_worker.demo.show
+	$(BIN)/grpo demo run
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests

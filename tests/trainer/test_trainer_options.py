@@ -66,7 +66,7 @@ FAILURES = [
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "DeviceFailed", 85, "rank 3, update"),
     (RuntimeError("[/gloo/pair.cc:525] Connection closed by peer [127.0.0.1]:1"), "RankLost", 75, "another rank"),
     (DataError("batch: wrong"), "InvalidData", 65, "batch: wrong"),
-    (ZeroDivisionError("division by zero"), "InternalError", 75, "ZeroDivisionError"),
+    (ZeroDivisionError("division by zero"), "InternalError", 70, "ZeroDivisionError"),
 ]
 
 
@@ -82,6 +82,17 @@ def test_a_refused_operation_is_recoverable() -> None:
     assert error.recoverable and error.message == "a reader is stuck"
 
 
-def test_a_schedule_without_an_end_names_the_field() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.totalSteps"):
-        options_of(job(actor={"optim": {"lrScheduler": "linear"}}), {}, "cpu")
+def test_a_run_that_is_all_warm_up_names_the_field() -> None:
+    options = options_of(job(actor={"optim": {"lrScheduler": "linear", "lrWarmupSteps": 80}}), {}, "cpu")
+    assert options.schedule_of(1000).total_updates == 1000 * options.updates_per_step
+    with pytest.raises(ConfigError, match=r"actor\.optim\.lrWarmupSteps"):
+        options.schedule_of(1)
+
+
+def test_the_reference_has_limits_of_its_own() -> None:
+    options = options_of(
+        job(ref={"logProbMicroBatchSizePerGPU": 3}, rollout={"logProbMaxTokenLenPerGPU": 500}), {}, "cpu"
+    )
+    reference = options.for_reference()
+    assert (options.log_prob_micro_batch_size_per_gpu, options.log_prob_max_token_len_per_gpu) == (None, 500)
+    assert (reference.log_prob_micro_batch_size_per_gpu, reference.log_prob_max_token_len_per_gpu) == (3, None)

@@ -28,6 +28,10 @@ def test_rates_of_the_first_updates(schedule: str, warmup: int, total: int, floo
     assert [learning_rate(options, k) for k in range(1, len(rates) + 1)] == pytest.approx([2 * r for r in rates])
 
 
-def test_a_decaying_schedule_without_a_length_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.totalSteps"):
-        OptimizerOptions(schedule="cosine")
+def test_a_decaying_schedule_whose_length_is_not_known_yet_keeps_the_peak() -> None:
+    assert learning_rate(OptimizerOptions(lr=2.0, schedule="cosine"), 100) == 2.0
+
+
+def test_a_run_shorter_than_its_warm_up_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"actor\.optim\.lrWarmupSteps"):
+        OptimizerOptions(schedule="cosine", warmup_updates=10, total_updates=10)

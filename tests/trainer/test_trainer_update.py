@@ -221,8 +221,23 @@ def test_a_users_loss_is_found_by_module_or_file(tmp_path: Path, model: Path) ->
         options_for(model, loss={"loss_mode": f"{file}:reinforce"}), sequences_of(LENGTHS), single_rank()
     )
     assert metrics["actor/grad_norm"] > 0
-    assert policy_loss("grpo_worker.algorithms.losses:vanilla") is policy_loss("vanilla")
+    assert policy_loss("grpo_worker.algorithms.losses:vanilla").__wrapped__ is policy_loss("vanilla")  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=r"actor\.lossMode: .*no function 'nothing'"):
         policy_loss(f"{file}:nothing")
     with pytest.raises(DataError, match=r"actor\.lossMode: no loss is called 'ppo'"):
         policy_loss("ppo")
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("raise KeyError('beta')", "raised"),
+        ("return inputs.log_probs", "must return a PolicyLossOutput"),
+        ("return PolicyLossOutput(inputs.log_probs[:1], {})", "must return a PolicyLossOutput"),
+    ],
+)
+def test_a_users_loss_that_goes_wrong_names_its_field(tmp_path: Path, model: Path, body: str, part: str) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(f"from grpo_worker.algorithms.losses import PolicyLossOutput\ndef wrong(inputs):\n    {body}\n")
+    with pytest.raises(DataError, match=rf"actor\.lossMode: .*{part}"):
+        recorded_update(options_for(model, loss={"loss_mode": f"{file}:wrong"}), sequences_of(LENGTHS), single_rank())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 from grpo_worker import __version__
-from grpo_worker.cli import data, job, model, run
+from grpo_worker.cli import data, demo, job, model, run
 from grpo_worker.errors import ExitCode, GRPOError
 
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -21,6 +21,7 @@ GROUPS: tuple[Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], 
     job.add_commands,
     data.add_commands,
     model.add_commands,
+    demo.add_commands,
 )
 
 

@@ -1,8 +1,7 @@
-"""`grpo generate` and `grpo demo`: look at a trained model, make the demo's model and data."""
+"""`grpo generate`: look at a trained model."""
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 
@@ -33,13 +32,6 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     answer.add_argument("--timeout-seconds", type=float, default=600.0, help="limit of the generation, default 600")
     answer.add_argument("--json", action="store_true", help="print one JSON object a prompt: prompt, completions")
     answer.set_defaults(function=_generate)
-    demo = commands.add_parser("demo", help="make the demo's model and data").add_subparsers(
-        metavar="COMMAND", required=True
-    )
-    prepare = demo.add_parser("prepare", help="write a tiny model and arithmetic problems")
-    prepare.add_argument("directory", type=Path, nargs="?", default=Path("demo"), help="default demo")
-    prepare.add_argument("--seed", type=int, default=1, help="of the problems and the model, default 1")
-    prepare.set_defaults(function=_prepare)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -66,13 +58,3 @@ def _generate(options: argparse.Namespace) -> None:
             continue
         for answer in answers:
             print(f"--- {prompt}\n{answer}" if "\n" in prompt + answer else f"{prompt} -> {answer}")
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    from transformers.utils import logging
-
-    from grpo_worker.demo.prepare import prepare_demo
-
-    logging.disable_progress_bar()  # of the one file that is saved
-    paths = prepare_demo(options.directory, options.seed, report=lambda line: print(line, file=sys.stderr, flush=True))
-    print(f"model {paths.model}, training {paths.train}, held out {paths.test}")

@@ -37,31 +37,39 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _run(options: argparse.Namespace) -> None:
+    train(options.file, options.overrides, options.run_dir)
+
+
+def _report(options: argparse.Namespace) -> None:
+    report(options.run_dir)
+
+
+def train(file: str, overrides: list[str], run_dir: Path | None) -> None:
+    """Run a job to its end on this machine, with a view on stdout. Raises GRPOError; YieldedError says how to go on."""
     from grpo_worker.local.supervisor import Supervisor
     from grpo_worker.local.view import open_view
     from grpo_worker.run_directory import RunDirectory
 
-    job = load_job(options.file, options.overrides)
-    root = options.run_dir or Path("runs") / job.name
+    job = load_job(file, overrides)
+    root = run_dir or Path("runs") / job.name
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--run-dir {root}: cannot be made: {error.strerror}") from error
-    directory = RunDirectory(root)
     view = open_view(sys.stdout)
     try:
-        Supervisor(job, directory, view).run()
+        Supervisor(job, RunDirectory(root), view).run()
     except YieldedError as error:
-        view.close()
-        again = f"grpo run {shlex.join([options.file, *(f'--set={item}' for item in options.overrides), *(['--run-dir', str(root)] if options.run_dir else [])])}"
-        raise YieldedError(f"{error}. It goes on from its checkpoint with: {again}") from error
+        again = [file, *(f"--set={item}" for item in overrides), *(["--run-dir", str(run_dir)] if run_dir else [])]
+        raise YieldedError(f"{error}. It goes on from its checkpoint with: grpo run {shlex.join(again)}") from error
     finally:
         view.close()
     print(f"Finished. Report: grpo report {shlex.quote(str(root))}")
 
 
-def _report(options: argparse.Namespace) -> None:
+def report(run_dir: Path) -> None:
+    """Write the report of a run and print its files. Raises DataError."""
     from grpo_worker.report import write_report
 
-    for path in write_report(options.run_dir):
+    for path in write_report(run_dir):
         print(path)

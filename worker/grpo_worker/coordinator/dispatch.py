@@ -123,9 +123,8 @@ class Dispatcher:
             return
         limit = max(CHUNK_PROMPTS, math.ceil(PROMPTS_AHEAD * self._options.max_num_seqs / self._options.sampling.n))
         while self._queue:
-            held = {m.name: sum(len(f.pending) for f in self._flights if f.member.name == m.name) for m in serving}
-            member = min(serving, key=lambda m: held[m.name])
-            if held[member.name] >= limit:
+            member = min(serving, key=lambda m: self._held(m.name))
+            if self._held(member.name) >= limit:
                 return
             self._send(
                 member, [self._queue.popleft() for _ in range(min(CHUNK_PROMPTS, len(self._queue)))], atomic=False
@@ -140,7 +139,7 @@ class Dispatcher:
             request_id=f"{options.purpose}-{self._requests}",
             prompts=[self._prompt(group) for group in groups],
             sampling=options.sampling,
-            deadline_seconds=options.deadline_seconds * self._waves(len(groups) if atomic else None),
+            deadline_seconds=options.deadline_seconds * self._waves(self._held(member.name) + len(groups)),
             atomic=atomic,
             min_weight_version=self._weights.version,
         )
@@ -148,11 +147,13 @@ class Dispatcher:
         flight.task = asyncio.create_task(self._fly(flight, request))
         self._flights.append(flight)
 
-    def _waves(self, prompts: int | None) -> int:
-        """How many prompts wait for one another on an engine that runs `max_num_seqs` sequences at a time: the deadline is a prompt's own."""
+    def _held(self, name: str) -> int:
+        """Prompts that an engine was sent and has not answered."""
+        return sum(len(flight.pending) for flight in self._flights if flight.member.name == name)
+
+    def _waves(self, prompts: int) -> int:
+        """How often an engine with so many prompts fills its `max_num_seqs` places: a deadline is a prompt's own, not its queue's."""
         options = self._options
-        if prompts is None:
-            return 1 + math.ceil(PROMPTS_AHEAD)
         return max(1, math.ceil(prompts * options.sampling.n / options.max_num_seqs))
 
     def _prompt(self, group: Group) -> PromptRequest:

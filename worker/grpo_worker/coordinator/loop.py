@@ -206,9 +206,9 @@ class TrainingLoop:
 
     def _nothing_to_train(self, batch: Batch) -> None:
         """A batch without a single group to train on: at the data's end, or since every prompt failed. Raises DataError."""
-        self._record(batch)
+        self._record(batch, step=self._step + 1)
         self._parts.scorer.take_counts()
-        if batch.failed:
+        if batch.failed and not (self._parts.schedule.at_end and self._step > 0):
             raise DataError(
                 f"step {self._step + 1}: none of its {len(batch.failed)} prompts could be trained on. "
                 f"The last one, {batch.failed[-1].uid}: {batch.failed[-1].failure}"
@@ -290,12 +290,13 @@ class TrainingLoop:
                 "DataEnded",
                 f"the data ended after {self._step} of {self._total_steps} steps: prompts were filtered or failed",
             )
-            if self._spec.trainer.test_freq > 0 and self._validated_step != self._step > 0:
-                parts.loggers.log(self._step, self._metrics | await self._validate(self._step))
         await parts.saver.wait()
         if self._step > 0:
             await self._save()
             await parts.saver.finish(self._step)
+        ended_early = self._step < self._total_steps and not self._stop_reason
+        if ended_early and self._metrics and self._spec.trainer.test_freq > 0 and self._validated_step != self._step:
+            parts.loggers.log(self._step, self._metrics | await self._validate(self._step))
         if self._stop_reason and self._step < self._total_steps:
             raise YieldedError(f"stopped after step {self._step} of {self._total_steps} ({self._stop_reason})")
         parts.progress.set("Succeeded", f"{self._step} steps")
@@ -320,9 +321,13 @@ class TrainingLoop:
         if self._overlapped:
             self._feed()
 
-    def _record(self, batch: Batch) -> None:
+    def _record(self, batch: Batch, step: int | None = None) -> None:
+        """What became of a batch's prompts; those of a step that was not made stand under its number."""
         named = {"trained": batch.ready, "filtered": batch.filtered, "failed": batch.failed}
-        self._parts.ledger.write(self._step, {key: [group.uid for group in groups] for key, groups in named.items()})
+        self._parts.ledger.write(
+            self._step if step is None else step,
+            {key: [group.uid for group in groups] for key, groups in named.items()},
+        )
         for group in batch.ready[:1]:
             for sample in group.samples[: self._spec.trainer.log_samples]:
                 self._parts.samples.write(self._step, _sample_record("train", group, sample.text, sample.reward))

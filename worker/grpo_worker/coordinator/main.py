@@ -10,12 +10,13 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 
 from grpo_worker.algorithms import ESTIMATORS, make_kl_controller
+from grpo_worker.concurrency import first_to_end
 from grpo_worker.config import GRPOJob, resolved_document
 from grpo_worker.coordinator.app import make_app, serve
 from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions
@@ -295,19 +296,6 @@ class Coordinator:
     def _context(self) -> dict[str, object]:
         checkpoint = self._progress.checkpoint
         return {"step": self._progress.step, "checkpoint": str(checkpoint.path) if checkpoint else None}
-
-
-async def first_to_end(main: Coroutine[Any, Any, None], *services: Coroutine[Any, Any, None]) -> None:
-    """Run `main` beside services that run for ever; whichever ends first ends all, and its exception is raised."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in (main, *services)]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _total_steps(asked: int | None, in_data: int) -> int:

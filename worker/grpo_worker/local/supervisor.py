@@ -77,6 +77,7 @@ class Supervisor:
         self._timed_out = False
         self._stop_deadline: float | None = None
         self._told_at: dict[str, float] = {}
+        self._started = time.time()
         self._saved = False  # this run has a checkpoint of its own: a restart goes on from it
 
     def run(self) -> None:
@@ -173,7 +174,10 @@ class Supervisor:
         coordinator = self._children.get("coordinator")
         status = self._get_status() if coordinator is not None and coordinator.code is None else None
         self._status = status or self._status
-        self._saved = self._saved or bool(status and status["checkpoint"])
+        # A checkpoint that the run began with is not its own: the document may name it again.
+        self._saved = self._saved or bool(
+            status and status["checkpoint"] and status["checkpoint"]["time"] >= self._started
+        )
         if status and status["step"] > self._best_step and status["state"] != "Starting":
             self._best_step = status["step"]
             self._last_progress = time.monotonic()
@@ -277,6 +281,8 @@ class Supervisor:
             raise StalledError(
                 f"the coordinator did not save and stop within {2 * self._spec.network.request_timeout_seconds:.0f} s. See {self._directory.logs}/coordinator.log"
             )
+        if self._stop_deadline is not None:
+            return  # what it waits for is bounded above
         limit = self._spec.failure_policy.stall_timeout_seconds
         if time.monotonic() - self._last_progress > limit + self._spec.failure_policy.startup_timeout_seconds * (
             self._best_step < 0

@@ -7,15 +7,11 @@ another incarnation do not count.
 
 import asyncio
 import logging
-import time
 from dataclasses import dataclass
 from typing import Literal
 
-import aiohttp
-import msgspec
-
 from grpo_worker.errors import RetryableError
-from grpo_worker.protocol import auth, codec
+from grpo_worker.protocol.heartbeat import HeartbeatClient
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 from grpo_worker.rollout.engine import RolloutEngine
 
@@ -65,17 +61,23 @@ class Membership:
     def __init__(self, options: MembershipOptions, engine: RolloutEngine) -> None:
         self._options, self._engine = options, engine
         self.state: Literal["starting", "ready", "failed"] = "starting"
-        self._reply: HeartbeatReply | None = None
-        self._answered = time.monotonic()
+        self._incarnation: str | None = None
+        self._stopped = asyncio.Event()
+        self._client = HeartbeatClient(
+            options.coordinator_url, options.token, options.heartbeat_seconds, self._beat, self._learn
+        )
 
     def unready_reason(self) -> str:
         problem = self._engine.broken or ("the engine is dead" if self._engine.dead else "")
         if self.state == "starting":
             problem = "the engine is loading the model"
         return unready_reason(
-            engine_problem=problem, weight_version=self._engine.weight_version, reply=self._reply,
-            reply_age_seconds=time.monotonic() - self._answered, lost_after_seconds=self._options.lost_after_seconds,
-        )  # fmt: skip
+            engine_problem=problem,
+            weight_version=self._engine.weight_version,
+            reply=self._client.reply,
+            reply_age_seconds=self._client.silent_seconds,
+            lost_after_seconds=self._options.lost_after_seconds,
+        )
 
     async def run(self) -> None:
         """Returns when the coordinator says that the job is over.
@@ -83,47 +85,38 @@ class Membership:
         Raises:
             RetryableError: no answer within `give_up_after_seconds`.
         """
-        timeout = aiohttp.ClientTimeout(total=max(5.0, self._options.heartbeat_seconds))
-        async with aiohttp.ClientSession(timeout=timeout, headers=auth.authorization(self._options.token)) as session:
-            while True:
-                beat_at = time.monotonic()
-                try:
-                    reply = await self._beat(session)
-                except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
-                    self._missed(error)
-                else:
-                    self._answered = time.monotonic()
-                    self._learn(reply)
-                    if reply.stop:
-                        return
-                await asyncio.sleep(max(0.0, beat_at + self._options.heartbeat_seconds - time.monotonic()))
+        beating, stopped = asyncio.create_task(self._client.run()), asyncio.create_task(self._stopped.wait())
+        try:
+            while not self._stopped.is_set():
+                if (silent := self._client.silent_seconds) > self._options.give_up_after_seconds:
+                    raise RetryableError(
+                        f"the coordinator at {self._options.coordinator_url} has not answered for {silent:.0f} s "
+                        f"(limit {self._options.give_up_after_seconds:.0f} s)"
+                    )
+                await asyncio.wait({beating, stopped}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                if beating.done():
+                    beating.result()
+        finally:
+            beating.cancel()
+            stopped.cancel()
 
-    async def _beat(self, session: aiohttp.ClientSession) -> HeartbeatReply:
-        started = self.state != "starting"
-        message = Heartbeat(
-            role="rollout", name=self._options.name, instance=self._options.instance, url=self._options.url, state=self.state,
-            weight_version=self._engine.weight_version, weight_digest=self._engine.weight_digest, message=self._engine.broken,
-            stats=self._engine.stats() if started else {},
-        )  # fmt: skip
-        url = f"{self._options.coordinator_url}/v1/members"
-        async with session.post(
-            url, data=codec.encode(message), headers={"Content-Type": codec.CONTENT_TYPE}
-        ) as response:
-            response.raise_for_status()
-            reply: HeartbeatReply = codec.decode(await response.read(), HeartbeatReply)
-            return reply
+    def _beat(self) -> Heartbeat:
+        return Heartbeat(
+            role="rollout",
+            name=self._options.name,
+            instance=self._options.instance,
+            url=self._options.url,
+            state=self.state,
+            weight_version=self._engine.weight_version,
+            weight_digest=self._engine.weight_digest,
+            message=self._engine.broken,
+            stats=self._engine.stats() if self.state != "starting" else {},
+        )
 
     def _learn(self, reply: HeartbeatReply) -> None:
-        if self._reply is not None and reply.incarnation != self._reply.incarnation:
+        if self._incarnation not in (None, reply.incarnation):
             log.info("the coordinator has started again: weight version %s counts no more", self._engine.weight_version)
             self._engine.forget_version()
-        self._reply = reply
-
-    def _missed(self, error: Exception) -> None:
-        silent = time.monotonic() - self._answered
-        log.warning("no answer from the coordinator at %s for %.0f s: %s", self._options.coordinator_url, silent, error)
-        if silent > self._options.give_up_after_seconds:
-            raise RetryableError(
-                f"the coordinator at {self._options.coordinator_url} has not answered for {silent:.0f} s "
-                f"(limit {self._options.give_up_after_seconds:.0f} s): {error}"
-            ) from error
+        self._incarnation = reply.incarnation
+        if reply.stop:
+            self._stopped.set()

@@ -13,6 +13,7 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from grpo_worker.concurrency import first_to_end
 from grpo_worker.environment import ADVERTISED_HOST, COORDINATOR_URL, LISTEN_HOST, MEMBER_NAME
 from grpo_worker.errors import ConfigError
 from grpo_worker.protocol import auth
@@ -113,14 +114,8 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
                 membership.state = "failed"
                 await engine.check_health()
 
-    tasks = [asyncio.create_task(coroutine) for coroutine in (start_and_watch(), membership.run(), stop.wait())]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await first_to_end(start_and_watch(), membership.run(), stop.wait())
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await runner.cleanup()
         engine.shutdown()
