@@ -60,6 +60,7 @@ def run(name: str) -> dict[str, Any]:
         result = json.loads(done.stdout)
     except ValueError as error:
         raise RuntimeError(f"{name}: printed no JSON object: {done.stdout[:200]!r}") from error
+    machine["load_average_after"] = round(os.getloadavg()[0], 2)
     return {"name": name, "command": f"python -m benchmarks {name}", "machine": machine, "result": result}
 
 

@@ -47,7 +47,8 @@ def place(spec: Spec, machine: Machine) -> list[Process]:
         raise ConfigError("runtime.device: cuda, but this machine has no GPU. Set it to auto or cpu.")
     gpus = machine.gpus if device != "cpu" else ()
     ranks, engines = spec.trainer.nodes * spec.trainer.gpus_per_node, spec.rollout.replicas
-    threads = {"OMP_NUM_THREADS": str(_threads(spec, machine, ranks, engines))}
+    # Idle threads sleep: processes that share cores would otherwise spin against each other (seen: a 20 times longer update).
+    threads = {"OMP_NUM_THREADS": str(_threads(spec, machine, ranks, engines)), "OMP_WAIT_POLICY": "PASSIVE"}
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     processes = [Process("coordinator", "coordinator", {"OMP_NUM_THREADS": "1", **hidden})]
     for node in range(spec.trainer.nodes):

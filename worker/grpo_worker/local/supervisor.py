@@ -5,6 +5,7 @@ one run at a time in a run directory.
 """
 
 import fcntl
+import http.client
 import json
 import os
 import secrets
@@ -157,7 +158,7 @@ class Supervisor:
 
     def _child_spec(self, process: Process) -> ChildSpec:
         logs = self._directory.logs
-        environment = {**self._common, **process.environment, MEMBER_NAME: process.name}
+        environment = {**process.environment, **self._common, MEMBER_NAME: process.name}  # a person's own variables win
         if self._saved:
             environment[RESUME] = "auto"
         return ChildSpec(
@@ -192,8 +193,8 @@ class Supervisor:
             with urllib.request.urlopen(request, timeout=STATUS_TIMEOUT_SECONDS) as response:
                 status: dict[str, Any] = json.load(response)
                 return status
-        except (urllib.error.URLError, OSError, ValueError):
-            return None
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
+            return None  # it is starting, or ended in the middle of its answer
 
     def _ended(self) -> Decision | None:
         """The decision about children that ended; members of the set end together."""

@@ -55,7 +55,8 @@ def plan_micro_batches(
         for members in plan:
             members.sort()
         # Longest first: the step's peak of memory comes at once, not after minutes.
-        plan.sort(key=lambda members: (-sum(lengths[i] for i in members), members))
+        # Ranks wait for one another in each round, so the rounds must pair micro-batches of equal cost.
+        plan.sort(key=lambda members: (-sum(cost(lengths[i]) for i in members), members))
         plan.extend([] for _ in range(width - len(plan)))
     return PackingPlan(plans)
 
