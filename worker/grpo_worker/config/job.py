@@ -47,6 +47,13 @@ class Spec(Section):
         None, "The job fails when it runs longer.", unit="seconds", ge=1, immutable=False
     )
 
+    @property
+    def devices(self) -> int:
+        """Devices that trainer ranks and engines ask for, one each, shared or not."""
+        return (
+            self.trainer.nodes * self.trainer.gpus_per_node + self.rollout.replicas * self.rollout.tensor_parallel_size
+        )
+
 
 class GRPOJob(Section):
     """One training run as one object."""

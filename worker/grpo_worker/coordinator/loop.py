@@ -282,9 +282,10 @@ class TrainingLoop:
     async def _end(self) -> None:
         """Save what the last save does not hold, and say how the run ended."""
         parts = self._parts
+        ended_early = self._step < self._total_steps and not self._stop_reason
         if self._stop_reason:
             parts.progress.set("Stopping", self._stop_reason)
-        elif self._step < self._total_steps:
+        elif ended_early:
             parts.emit(
                 "warning",
                 "DataEnded",
@@ -294,7 +295,6 @@ class TrainingLoop:
         if self._step > 0:
             await self._save()
             await parts.saver.finish(self._step)
-        ended_early = self._step < self._total_steps and not self._stop_reason
         if ended_early and self._metrics and self._spec.trainer.test_freq > 0 and self._validated_step != self._step:
             parts.loggers.log(self._step, self._metrics | await self._validate(self._step))
         if self._stop_reason and self._step < self._total_steps:
@@ -358,10 +358,7 @@ class TrainingLoop:
         """Devices of the job; trainer and engines may share them, which whoever placed them knows."""
         if placed := os.environ.get(DEVICE_COUNT):
             return int(placed)
-        spec = self._spec
-        return (
-            spec.trainer.nodes * spec.trainer.gpus_per_node + spec.rollout.replicas * spec.rollout.tensor_parallel_size
-        )
+        return self._spec.devices
 
 
 def _sample_record(kind: str, group: Group, text: str, reward: Any) -> dict[str, Any]:

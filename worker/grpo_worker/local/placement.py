@@ -64,8 +64,7 @@ def place(spec: Spec, machine: Machine) -> list[Process]:
 
 def device_count(spec: Spec, machine: Machine) -> int:
     """GPUs that the job uses (on CPU: its processes that compute), each counted once."""
-    wanted = spec.trainer.nodes * spec.trainer.gpus_per_node + spec.rollout.replicas * spec.rollout.tensor_parallel_size
-    return wanted if spec.runtime.device == "cpu" or not machine.gpus else min(wanted, len(machine.gpus))
+    return spec.devices if spec.runtime.device == "cpu" or not machine.gpus else min(spec.devices, len(machine.gpus))
 
 
 def free_port(host: str = "127.0.0.1") -> int:
