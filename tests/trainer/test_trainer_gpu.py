@@ -1,12 +1,19 @@
-"""What only a GPU can show: variable-length flash attention, compiled layers and bfloat16 against float32. Skipped without."""
+"""What only a GPU can show: variable-length flash attention, compiled layers and bfloat16 against float32. Skipped without.
+
+The old log-probs are the float32 model's own. With arbitrary ones the comparison would be ill-conditioned: a rounding error moves single
+tokens over the clip's edge, and each that moves changes the gradient by its whole share (seen: cosine 0.97 in place of 0.9997).
+"""
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from trainer_helpers import options_for, save_tiny_model, sequences_of
+from trainer_helpers import batch_message, options_for, save_tiny_model
 
+from grpo_worker.protocol.messages import Array
+from grpo_worker.trainer.batch import Sequences
 from grpo_worker.trainer.distributed import Ranks, join
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.update import compute_log_probs
@@ -15,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 LENGTHS = [(5, 7), (3, 40), (10, 4), (6, 6), (1, 1), (2, 30)]
 # A head width of 64 and more: what the flash kernels and vLLM take.
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "initializer_range": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +43,19 @@ def ranks() -> Ranks:
 )
 def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change: dict[str, object]) -> None:
     model = save_tiny_model(tmp_path / "model", **WIDE)
-    sequences = sequences_of(LENGTHS, mini_batches=[3, 3])
+    batch = batch_message(LENGTHS, mini_batches=[3, 3])
     exact = options_for(model, device="cuda", dtype="float32", compile_layers=False)
     options = options_for(model, device="cuda", **change)  # type: ignore[arg-type]
     wanted, actual = TrainerEngine(exact, ranks), TrainerEngine(options, ranks)
+    old_log_probs = compute_log_probs(wanted.model, Sequences.of(batch), exact, ranks)[0]
+    sequences = Sequences.of(msgspec.structs.replace(batch, old_log_probs=Array.of(old_log_probs, "float32")))
     for step in (1, 2):
         expected = compute_log_probs(wanted.model, sequences, exact, ranks)[0]
         found = compute_log_probs(actual.model, sequences, options, ranks)[0]
-        assert np.abs(found - expected).mean() < 0.02 * step
+        assert np.abs(found - expected).mean() < 0.005 * step
         metrics = actual.updater.update(sequences, step)
         norm = wanted.updater.update(sequences, step)["actor/grad_norm"]
-        assert metrics["actor/grad_norm"] == pytest.approx(
-            norm, rel=0.2 * step
-        )  # bfloat16; the second norm follows another first update
+        assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=0.01 * step)  # bfloat16 has 8 bits
         assert metrics["perf/max_memory_allocated_gb"] > 0
     actual.shards.save(tmp_path / "checkpoint", actual.state)
     status = actual.save_status(60.0)
