@@ -1,6 +1,7 @@
 # Each target sets up what it needs, from Python 3.11 or newer and make alone.
 #   make demo   trains a small model in minutes and writes its report     make test   all tests
 #   make lint   format, lint, types, import arrows                        make bench  what produced the numbers in the docs
+#   make e2e    a real Kubernetes node, images, chart, jobs (root)        make cluster  leaves one running to play with
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -8,6 +9,7 @@ CACHE ?= $(HOME)/.cache/grpo-operator
 UV_VERSION := 0.13.9
 UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
 export UV_CACHE_DIR := $(CACHE)/uv
+export CACHE
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,10 @@ BIN := $(VENV)/bin
 LOCK := $(shell cat constraints/cpu.txt Makefile 2>/dev/null | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.ready-$(LOCK)
 
-.PHONY: demo test lint format bench generated lock clean
+SOURCES := operator worker tests benchmarks e2e
+LOCK_FLAGS := --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-emit-index-url --no-annotate
+
+.PHONY: demo test e2e cluster cluster-down lint format bench generated lock clean
 
 demo: $(STAMP)
 	$(BIN)/grpo demo run
@@ -23,15 +28,26 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest tests
 
+# The first time some minutes to build Kubernetes and the images; kept in $(CACHE).
+e2e: $(STAMP)
+	$(BIN)/python -m pytest e2e
+
+cluster: $(STAMP)
+	$(BIN)/python -m e2e.cluster up
+
+cluster-down: $(STAMP)
+	$(BIN)/python -m e2e.cluster down
+
 lint: $(STAMP)
-	$(BIN)/ruff format --check operator worker tests benchmarks
-	$(BIN)/ruff check operator worker tests benchmarks
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases -p e2e.cluster -p e2e.scenarios
 	$(BIN)/lint-imports
 
 format: $(STAMP)
-	$(BIN)/ruff format operator worker tests benchmarks
-	$(BIN)/ruff check --fix operator worker tests benchmarks
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -40,15 +56,18 @@ bench: $(STAMP)
 generated: $(STAMP)
 	$(BIN)/grpo crd > crds/grpojobs.grpo.dev.yaml
 	$(BIN)/grpo docs > docs/configuration.md
+	cp crds/grpojobs.grpo.dev.yaml charts/grpo-operator/files/crds/
 
 # Newest versions that pyproject.toml allows, with hashes.
 lock: $(UV)
-	$(UV) pip compile -q --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	  --extra worker --extra operator --extra cpu --extra dev --extra wandb --override constraints/cpu-overrides.txt \
-	  --generate-hashes --no-header --no-emit-index-url --no-annotate -o constraints/cpu.txt pyproject.toml
-	$(UV) pip compile -q --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	  --extra worker --extra operator --extra rollout --extra wandb \
-	  --generate-hashes --no-header --no-emit-index-url --no-annotate -o constraints/gpu.txt pyproject.toml
+	$(UV) pip compile -q --upgrade $(LOCK_FLAGS) --extra worker --extra operator --extra cpu --extra dev --extra wandb \
+	  --override constraints/cpu-overrides.txt -o constraints/cpu.txt pyproject.toml
+	$(UV) pip compile -q --upgrade $(LOCK_FLAGS) --extra worker --extra operator --extra rollout --extra wandb -o constraints/gpu.txt pyproject.toml
+	printf 'hatchling>=1.27\nuv==$(UV_VERSION)\n' | $(UV) pip compile -q --upgrade $(LOCK_FLAGS) -o constraints/build.txt -
+	$(UV) pip compile -q $(LOCK_FLAGS) --extra operator -c constraints/cpu.txt -o constraints/operator.txt pyproject.toml
+	$(UV) pip compile -q $(LOCK_FLAGS) --extra worker --extra cpu --extra wandb --override constraints/cpu-overrides.txt \
+	  -c constraints/cpu.txt -o constraints/worker-cpu.txt pyproject.toml
+	$(UV) pip compile -q $(LOCK_FLAGS) --extra worker --extra rollout --extra wandb -c constraints/gpu.txt -o constraints/worker-cuda.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

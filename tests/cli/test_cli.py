@@ -21,7 +21,7 @@ EXAMPLE = ROOT / "examples" / "arithmetic.yaml"
 HEAVY = ("torch", "vllm", "transformers", "numpy", "pyarrow", "aiohttp", "msgspec", "rich")
 COMMANDS = [
     [], ["run"], ["report"], ["validate"], ["crd"], ["docs"], ["data"], ["data", "gsm8k"], ["data", "reasoning-gym"], ["generate"],
-    ["demo"], ["demo", "prepare"],
+    ["demo"], ["demo", "prepare"], ["submit"], ["status"], ["logs"], ["stop"], ["resume"],
 ]  # fmt: skip
 
 

@@ -187,3 +187,21 @@ def test_a_child_whose_supervisor_has_gone_already_does_not_start(job: Path) -> 
         check=False,
     )
     assert done.returncode == ExitCode.RETRY
+
+
+def test_a_process_that_is_told_to_end_while_it_starts_ends_at_once(job: Path, tmp_path: Path) -> None:
+    """Also as a container's first process, for which the kernel drops signals without a handler."""
+    fifo, termination = tmp_path / "fifo.yaml", tmp_path / "termination"
+    os.mkfifo(fifo)  # the process waits in the middle of its start, until somebody writes the document
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_worker.entrypoint", "coordinator", "--job", str(fifo)],
+        env={**os.environ, TERMINATION_LOG: str(termination)},
+    )
+    try:
+        writer = os.open(fifo, os.O_WRONLY)  # returns when the process has opened it for reading
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+        os.close(writer)
+    finally:
+        process.kill()
+    assert json.loads(termination.read_text())["reason"] == "Terminated"

@@ -3,140 +3,11 @@
 from pathlib import Path
 
 import pytest
+from job_documents import BAD_FIELDS, CONTRADICTIONS, DOCUMENT, GOOD
 
 from grpo_worker.config import InvalidJob, load_job
 from grpo_worker.config.rules import RULES
 from grpo_worker.errors import ExitCode, UsageError
-
-DOCUMENT = """\
-apiVersion: grpo.dev/v1alpha1
-kind: GRPOJob
-metadata:
-  name: job
-spec:
-  model:
-    path: model
-  data:
-    trainFiles: [train.parquet]
-"""
-
-# One field of the sound document above is set to a YAML value: the path that is blamed, and words of the message.
-BAD_FIELDS = [
-    # unknown fields, with hints
-    ("batchSize=4", "spec.batchSize", "unknown field"),
-    ("data.train_batch_size=4", "spec.data.train_batch_size", "Did you mean trainBatchSize?"),
-    ("data.trainbatchsize=4", "spec.data.trainbatchsize", "Did you mean trainBatchSize?"),
-    ("data.trainFile=[a]", "spec.data.trainFile", "Did you mean trainFiles"),
-    ("data.valFiles=[a]", "spec.data.valFiles", "unknown field"),
-    ("actor.optim.learningRate=1e-6", "spec.actor.optim.learningRate", "Known here: lr,"),
-    ("actor.ppo_micro_batch_size_per_gpu=1", "spec.actor.ppo_micro_batch_size_per_gpu", "ppoMicroBatchSizePerGPU"),
-    ("actor.ppoMicroBatchSizePerGpu=1", "spec.actor.ppoMicroBatchSizePerGpu", "Did you mean ppoMicroBatchSizePerGPU?"),
-    ("actor.useKlLoss=true", "spec.actor.useKlLoss", "Did you mean useKLLoss?"),
-    ("rollout.tensorModelParallelSize=2", "spec.rollout.tensorModelParallelSize", "tensorParallelSize"),
-    ("trainer.criticWarmup=1", "spec.trainer.criticWarmup", "unknown field"),
-    ("trainer.total_epoch=1", "spec.trainer.total_epoch", "totalEpochs"),
-    ("critic.lr=1e-5", "spec.critic", "unknown field"),
-    ("runtime.env=[{nme: A}]", "spec.runtime.env[0].nme", "Did you mean name?"),
-    # wrong types
-    ("actor.optim.lr='1e-6'", "spec.actor.optim.lr", "number without quotes"),
-    ("actor.optim.lr=fast", "spec.actor.optim.lr", "number"),
-    ("actor.optim.betas=0.9", "spec.actor.optim.betas", "list"),
-    ("actor.optim.betas=[0.9, '0.99']", "spec.actor.optim.betas[1]", "number"),
-    ("actor.optim=1e-6", "spec.actor.optim", "mapping"),
-    ("actor=", "spec.actor", "mapping"),
-    ("data.trainBatchSize='8'", "spec.data.trainBatchSize", "whole number"),
-    ("data.trainBatchSize=8.5", "spec.data.trainBatchSize", "integer"),
-    ("data.trainBatchSize=1e3", "spec.data.trainBatchSize", "whole number"),
-    ("data.trainBatchSize=true", "spec.data.trainBatchSize", "integer"),
-    ("data.trainFiles=train.parquet", "spec.data.trainFiles", "Write a list"),
-    ("data.trainFiles=[1]", "spec.data.trainFiles[0]", "string"),
-    ("data.shuffle=1", "spec.data.shuffle", "true or false"),
-    ("data.shuffle='true'", "spec.data.shuffle", "true or false"),
-    ("model.path=7", "spec.model.path", "quote it"),
-    ("model.revision=1e10", "spec.model.revision", "text"),
-    ("reward.options=[strict]", "spec.reward.options", "mapping"),
-    ("runtime.env={A: b}", "spec.runtime.env", "list"),
-    ("runtime.env=[{name: A, value: 1}]", "spec.runtime.env[0].value", "text"),
-    ("metadata.labels={a: 1}", "metadata.labels.a", "text"),
-    # ranges and choices
-    ("actor.optim.lr=-1e-6", "spec.actor.optim.lr", "greater than or equal to 0"),
-    ("actor.optim.lr=.inf", "spec.actor.optim.lr", "finite"),
-    ("actor.optim.lr=.nan", "spec.actor.optim.lr", "finite"),
-    ("actor.optim.betas=[0.9]", "spec.actor.optim.betas", "at least 2"),
-    ("actor.optim.clipGrad=0", "spec.actor.optim.clipGrad", "greater than 0"),
-    ("actor.optim.lrScheduler=step", "spec.actor.optim.lrScheduler", "'constant', 'cosine' or 'linear'"),
-    ("actor.ppoMiniBatchSize=0", "spec.actor.ppoMiniBatchSize", "greater than or equal to 1"),
-    ("actor.clipRatioC=1.0", "spec.actor.clipRatioC", "greater than 1"),
-    ("actor.clipRatioLow=-0.1", "spec.actor.clipRatioLow", "greater than or equal to 0"),
-    ("actor.lossAggMode=mean", "spec.actor.lossAggMode", "token-mean"),
-    ("actor.lossMode=ppo", "spec.actor.lossMode", "vanilla, gspo, cispo, or module:function"),
-    ("actor.klLossType=k4", "spec.actor.klLossType", "low_var_kl"),
-    ("algorithm.preset=PPO", "spec.algorithm.preset", "'GRPO'"),
-    ("algorithm.preset=[DAPO]", "spec.algorithm.preset", "'DAPO'"),
-    ("algorithm.advantageEstimator=gae", "spec.algorithm.advantageEstimator", "Expected: grpo, rloo"),
-    ("algorithm.advantageEstimator=mine", "spec.algorithm.advantageEstimator", "pattern"),
-    ("algorithm.gamma=1.5", "spec.algorithm.gamma", "less than or equal to 1"),
-    ("algorithm.klCtrl.type=linear", "spec.algorithm.klCtrl.type", "'fixed' or 'adaptive'"),
-    ("algorithm.filterGroups.maxNumGenBatches=0", "spec.algorithm.filterGroups.maxNumGenBatches", "equal to 1"),
-    ("algorithm.rolloutCorrection.rolloutIs=both", "spec.algorithm.rolloutCorrection.rolloutIs", "'sequence'"),
-    ("algorithm.rolloutCorrection.rolloutRs=[seq_max_k1]", "spec.algorithm.rolloutCorrection.rolloutRs[0]", "seq_max_k2"),
-    ("data.truncation=cut", "spec.data.truncation", "'middle'"),
-    ("data.dataset=rows", "spec.data.dataset", "pattern"),
-    ("reward.function=accuracy", "spec.reward.function", "pattern"),
-    ("reward.timeoutSeconds=0", "spec.reward.timeoutSeconds", "greater than 0"),
-    ("reward.maxFailureRatio=2", "spec.reward.maxFailureRatio", "less than or equal to 1"),
-    ("model.path=''", "spec.model.path", "at least 1 character"),
-    ("model.dtype=float64", "spec.model.dtype", "'bfloat16'"),
-    ("rollout.n=0", "spec.rollout.n", "equal to 1"),
-    ("rollout.temperature=0", "spec.rollout.temperature", "greater than 0"),
-    ("rollout.topP=1.01", "spec.rollout.topP", "less than or equal to 1"),
-    ("rollout.gpuMemoryUtilization=0", "spec.rollout.gpuMemoryUtilization", "greater than 0"),
-    ("rollout.gpuMemoryUtilization=1", "spec.rollout.gpuMemoryUtilization", "less than 1"),
-    ("rollout.maxStaleness=-1", "spec.rollout.maxStaleness", "equal to 0"),
-    ("trainer.loggers=[mlflow]", "spec.trainer.loggers[0]", "'tensorboard'"),
-    ("trainer.totalEpochs=0", "spec.trainer.totalEpochs", "equal to 1"),
-    ("checkpoint.keepLast=0", "spec.checkpoint.keepLast", "equal to 1"),
-    ("network.coordinatorPort=70000", "spec.network.coordinatorPort", "65535"),
-    ("network.weightSyncStreams=65", "spec.network.weightSyncStreams", "64"),
-    ("runtime.env=[{name: 1A}]", "spec.runtime.env[0].name", "pattern"),
-    ("runtime.env=[{name: A-B}]", "spec.runtime.env[0].name", "pattern"),
-    ("activeDeadlineSeconds=0", "spec.activeDeadlineSeconds", "equal to 1"),
-    ("metadata.name=Job_1", "metadata.name", "pattern"),
-    (f"metadata.name={'a' * 53}", "metadata.name", "52"),
-]  # fmt: skip
-
-# Contradictions: all the overrides that make one, the field to change, words of the remedy.
-CONTRADICTIONS = [
-    (["algorithm.useKLInReward=true", "actor.useKLLoss=true"], "actor.useKLLoss", "count twice"),
-    (["algorithm.useKLInReward=true", "algorithm.preset=GRPO"], "actor.useKLLoss", "preset GRPO turns useKLLoss on"),
-    (["rollout.n=1"], "rollout.n", "at least 2"),
-    (["rollout.n=1", "algorithm.advantageEstimator=rloo"], "rollout.n", "reinforce"),
-    (["rollout.n=1", "algorithm.advantageEstimator=reinforcePlusPlusBaseline"], "rollout.n", "at least 2"),
-    (["data.trainBatchSize=100", "actor.ppoMiniBatchSize=64"], "actor.ppoMiniBatchSize", "divisor"),
-    (["data.trainBatchSize=8"], "actor.ppoMiniBatchSize", "does not divide"),
-    (["rollout.minReplicas=2"], "rollout.minReplicas", "raise rollout.replicas"),
-    (["data.trainFiles=[]"], "data.trainFiles", "exactly one"),
-    (["data.dataset=rows:make"], "data.trainFiles", "exactly one"),
-    (["algorithm.overlongBuffer.length=2000"], "algorithm.overlongBuffer.length", "longer than data.maxResponseLength"),
-    (
-        ["algorithm.rolloutCorrection.rolloutIsLowerThreshold=2.0"],
-        "algorithm.rolloutCorrection.rolloutIsLowerThreshold",
-        "not below",
-    ),
-    (["rollout.topK=0"], "rollout.topK", "no token"),
-    (["actor.ppoMicroBatchSizePerGPU=1", "actor.ppoMaxTokenLenPerGPU=8"], "actor.ppoMicroBatchSizePerGPU", "Keep one"),
-    (
-        ["ref.logProbMicroBatchSizePerGPU=1", "ref.logProbMaxTokenLenPerGPU=8"],
-        "ref.logProbMicroBatchSizePerGPU",
-        "Keep one",
-    ),
-    (
-        ["rollout.logProbMicroBatchSizePerGPU=1", "rollout.logProbMaxTokenLenPerGPU=8"],
-        "rollout.logProbMicroBatchSizePerGPU",
-        "Keep one",
-    ),
-    (["network.memberTimeoutSeconds=2"], "network.memberTimeoutSeconds", "three heartbeats"),
-]
 
 # Whole texts that are no sound document: where, and words of the message.
 BAD_TEXTS = [
@@ -194,6 +65,11 @@ def test_a_contradiction_names_the_field_to_change(document: Path, overrides: li
     assert issue.path == f"spec.{path}"
     assert words in str(issue)
     assert issue.remedy
+
+
+@pytest.mark.parametrize("overrides", GOOD, ids=[" ".join(case) for case in GOOD])
+def test_a_sound_document_is_accepted(document: Path, overrides: list[str]) -> None:
+    load_job(document, overrides)
 
 
 def test_each_rule_has_a_document_that_breaks_it() -> None:

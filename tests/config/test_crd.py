@@ -30,13 +30,25 @@ def nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
         yield from nodes(schema["additionalProperties"], f"{path}{{}}")
 
 
-NODES = list(nodes(SPEC))
+# What the API server has to see of a PodSpec is by hand (see `pod_template`); `false` is what an unquoted `n` arrives as.
+NODES = [
+    (path, node)
+    for path, node in nodes(SPEC)
+    if not re.match(r"runtime\.podTemplate\.\w+\.spec\.", path) and not path.endswith(".false")
+]
 FIELDS = [(path, node) for path, node in NODES if path and not path.endswith(("[]", "{}"))]
+STATUS_NODES = list(nodes(SCHEMA["properties"]["status"]))
 
 
-@pytest.mark.parametrize(("path", "node"), NODES, ids=[path or "spec" for path, _ in NODES])
+@pytest.mark.parametrize(
+    ("path", "node"),
+    NODES + STATUS_NODES,
+    ids=[path or "spec" for path, _ in NODES] + [f"status {p}" for p, _ in STATUS_NODES],
+)
 def test_a_node_is_structural(path: str, node: dict[str, Any]) -> None:
     assert not {"$ref", "$defs", "anyOf", "oneOf", "allOf", "const", "title"} & node.keys()
+    if node.get("x-kubernetes-int-or-string"):
+        return
     assert node.get("type") in {"object", "array", "string", "integer", "number", "boolean"}
     if node["type"] == "object":
         assert (
@@ -44,6 +56,7 @@ def test_a_node_is_structural(path: str, node: dict[str, Any]) -> None:
         )
     if node["type"] == "array":
         assert "items" in node
+        assert set(node.get("x-kubernetes-list-map-keys", ())) <= set(node["items"].get("required", ()))
     assert all(not key.startswith("x-") or key.startswith("x-kubernetes-") for key in node)
 
 
@@ -52,9 +65,24 @@ def test_a_field_is_described(path: str, node: dict[str, Any]) -> None:
     assert node["description"].endswith((".", "!")), node["description"]
 
 
+def test_a_field_of_the_status_is_described() -> None:
+    fields = [(path, node) for path, node in STATUS_NODES if path and not path.endswith("[]")]
+    assert [path for path, node in fields if not node.get("description", "").endswith(".")] == []
+    assert len(fields) > 60
+
+
+def test_a_description_carries_unit_default_and_the_name_in_verl() -> None:
+    described = {path: node["description"] for path, node in FIELDS}
+    assert described["rollout.n"] == "Samples a prompt. Unit: samples. Default: 5. In verl: rollout.n."
+    assert described["actor.clipRatioHigh"].endswith(
+        "Default: 0.2, unless a preset sets it. In verl: actor.clip_ratio_high."
+    )
+    assert described["suspend"].endswith("May change on a running job.")
+
+
 def accepts(node: dict[str, Any], value: Any) -> bool:
     """Whether the bounds of a structural node admit the value (defaults are filled in where the value leaves them out)."""
-    kind = node["type"]
+    kind = node.get("type", "string")  # a quantity
     types: dict[str, Any] = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}  # fmt: skip
     if not isinstance(value, types[kind]) or (kind in {"integer", "number"} and isinstance(value, bool)):
         return False
@@ -104,14 +132,24 @@ def test_every_other_default_of_the_models_is_in_the_schema() -> None:
 
 
 def test_a_section_that_is_left_out_gets_its_defaults() -> None:
-    sections = [(path, node) for path, node in FIELDS if "properties" in node and not path.endswith("[]")]
-    assert [path for path, node in sections if node.get("default") != {}] == ["model"]  # it has a required field
+    """But for `model`, which has a required field, and for sections that are off while they are absent."""
+    sections = [
+        path for path, node in FIELDS if "properties" in node and "[]" not in path and node.get("default") != {}
+    ]
+    off = ["runtime.workspace", "network.rdma"]
+    by_role = [
+        f"runtime.{kind}.{role}"
+        for kind in ("resources", "podTemplate")
+        for role in ("coordinator", "trainer", "rollout")
+    ]
+    patches = [f"runtime.podTemplate.{role}.metadata" for role in ("all", "coordinator", "trainer", "rollout")]
+    assert set(sections) == {"model", *off, *by_role, *patches, "runtime.podTemplate.all"}
     assert SPEC["required"] == ["model"]
 
 
 def test_each_contradiction_is_a_rule_of_the_api_server() -> None:
-    validations = SPEC["x-kubernetes-validations"]
-    assert [validation["rule"] for validation in validations] == [rule.cel for rule in RULES]
+    validations = [rule for rule in SPEC["x-kubernetes-validations"] if "oldSelf" not in rule["rule"]]
+    assert [validation["rule"] for validation in validations] == [rule.cel for rule in RULES if rule.cel]
     assert all(validation["fieldPath"].lstrip(".") in dict(FIELDS) for validation in validations)
     assert all(validation["message"] and "\n" not in validation["message"] for validation in validations)
 
@@ -121,9 +159,35 @@ def test_a_rule_asks_whether_a_field_without_default_is_there() -> None:
     described = dict(FIELDS)
     for rule in RULES:
         asked = set(re.findall(r"has\(self\.([\w.]+)\)", rule.cel))
-        read = set(re.findall(r"self\.([\w.]+)", rule.cel))
+        read = {re.sub(r"\.(all|exists_one)$", "", path) for path in re.findall(r"self\.([\w.]+)", rule.cel)}
         bare = {path for path in read - asked if "default" not in described[path]}
         assert not bare, f"{rule.path}: {bare}"
+
+
+def test_each_field_is_held_fast_or_says_that_it_may_change() -> None:
+    def held(node: dict[str, Any]) -> set[str]:
+        return {
+            rule["fieldPath"].lstrip(".")
+            for rule in node.get("x-kubernetes-validations", ())
+            if "oldSelf" in rule["rule"]
+        }
+
+    def loose(node: dict[str, Any], path: str = "") -> Iterator[str]:
+        for key, child in node["properties"].items():
+            here = f"{path}.{key}".lstrip(".")
+            if key in held(node) or key == "false":
+                continue
+            if "properties" in child:
+                yield from loose(child, here)
+            else:
+                yield here
+
+    may_change = {path for path, node in FIELDS if node["description"].endswith("May change on a running job.")}
+    assert set(loose(SPEC)) == may_change
+    assert may_change == {
+        "suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished",
+        "rollout.replicas", "rollout.minReplicas", "rollout.maxReplicas",
+    }  # fmt: skip
 
 
 def test_the_names_are_those_that_kubectl_users_type() -> None:
@@ -145,7 +209,13 @@ def test_the_reference_page_is_generated_from_the_models() -> None:
 
 
 def test_the_reference_page_has_a_row_for_each_field() -> None:
-    rows = [line for line in reference_markdown().splitlines() if line.startswith("| `")]
-    leaves = [path for path, node in FIELDS if "properties" not in node and not path.startswith("runtime.env[]")]
-    assert len(rows) == len(leaves)
-    assert all(row.count("|") - row.count("\\|") == 8 for row in rows)
+    section, documented, cells = "", [], set()
+    for line in reference_markdown().splitlines():
+        if heading := re.match(r"#+ spec\.?(\S*)$", line):
+            section = heading[1]
+        elif row := re.match(r"\| `(\w+)`", line):
+            documented.append(f"{section}.{row[1]}".lstrip("."))
+            cells.add(line.count("|") - line.count("\\|"))
+    opened = "x-kubernetes-preserve-unknown-fields"
+    assert sorted(documented) == sorted(path for path, node in FIELDS if "properties" not in node or opened in node)
+    assert cells == {8}

@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from grpo_worker.config import InvalidJob, Spec, job_from_document
 
-WORKER = Path(__file__).parents[2] / "worker" / "grpo_worker"
+ROOT = Path(__file__).parents[2]
+CONFIGURATION = ROOT / "worker" / "grpo_worker" / "config"
+SOURCES = [ROOT / "worker" / "grpo_worker", ROOT / "operator" / "grpo_operator"]
 
 # The parameters of the design, by hand: verl's names of the left column of docs/design.md, section 2, as paths of the document.
 PROMISED = [
@@ -80,6 +82,15 @@ PROMISED = [
     "checkpoint.resume",
     "failurePolicy",
     "activeDeadlineSeconds",
+    "suspend",
+    "ttlSecondsAfterFinished",
+    "rollout.maxReplicas",
+    "runtime.image",
+    "runtime.env",
+    "runtime.podTemplate",
+    "runtime.shmSize",
+    "network.rdma",
+    "scheduling",
 ]
 
 DEFAULTS = {
@@ -103,11 +114,18 @@ READ_AS = {
     "validation": {"sampling"},
     "env": {"variable"},
     "spec": {"_spec"},
+    "rules": {"rule"},
+    "volumes": {"volume", "extra"},
+    "scheduling": {"wanted"},
 }
-APPLIED_BY_THE_CONFIGURATION = {"algorithm.preset"}  # presets fill other fields before anybody reads them
+# Sections that a reader passes on whole, as Kubernetes spells them: what counts is that the section itself is read.
+PASSED_ON = ("runtime.env", "runtime.envFrom", "runtime.resources", "runtime.podTemplate", "scheduling.tolerations")
+# presets fill other fields before anybody reads them; maxReplicas bounds replicas at the door
+APPLIED_BY_THE_CONFIGURATION = {"algorithm.preset", "rollout.maxReplicas"}
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section of an annotation: `Section`, `Section | None`, `list[Section]`."""
     kinds = (annotation, *get_args(annotation))
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
@@ -116,7 +134,7 @@ def leaves(model: type[BaseModel], path: tuple[str, ...] = (), section: str = "s
     """(path in the document, Python name of its section, Python name) of each field that holds a value."""
     for name, info in model.model_fields.items():
         here = (*path, str(info.alias))
-        if nested := sections_of(info.annotation):
+        if (nested := sections_of(info.annotation)) and ".".join(here) not in PASSED_ON:
             yield from leaves(nested[0], here, name)
         else:
             yield ".".join(here), section, name
@@ -128,9 +146,9 @@ LEAVES = list(leaves(Spec))
 def reads() -> set[tuple[str, str]]:
     """(owner, attribute) of each `owner.attribute` in the product code that gets the document, outside its own package."""
     found = set()
-    for source in WORKER.rglob("*.py"):
+    for source in (path for folder in SOURCES for path in folder.rglob("*.py")):
         text = source.read_text()
-        if source.is_relative_to(WORKER / "config") or "grpo_worker.config" not in text:
+        if source.is_relative_to(CONFIGURATION) or not ("grpo_worker.config" in text or "grpo_operator" in text):
             continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -187,6 +187,7 @@ class Trainer:
 
     def __init__(self) -> None:
         self.instance = "first"
+        self.terminating = ""  # the rank's process that got SIGTERM
         self.calls: list[Any] = []
         self.answers: dict[type, Callable[[Any], Any]] = {
             PublishRequest: lambda request: published(request.version),
@@ -209,7 +210,14 @@ class Trainer:
             await self._runner.cleanup()
 
     def beat(self) -> Heartbeat:
-        return Heartbeat(role="trainer", name="trainer-0", instance=self.instance, url=self.url, state="ready")
+        return Heartbeat(
+            role="trainer",
+            name="trainer-0",
+            instance=self.instance,
+            url=self.url,
+            state="ready",
+            terminating=self.terminating,
+        )
 
     async def _call(self, http: web.Request) -> web.StreamResponse:
         request: Any = codec.decode(await http.read(), TrainerRequest)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,7 @@ from grpo_worker.coordinator import dispatch, saver
 from grpo_worker.coordinator.main import Coordinator
 from grpo_worker.coordinator.trainer_client import TrainerLost
 from grpo_worker.environment import COORDINATOR_PORT, JOB_TOKEN, RUN_DIRECTORY
-from grpo_worker.errors import DataError, YieldedError
+from grpo_worker.errors import ConfigError, DataError, YieldedError
 from grpo_worker.local.placement import free_port
 from grpo_worker.protocol.auth import authorization
 from grpo_worker.protocol.heartbeat import HeartbeatClient
@@ -35,10 +36,12 @@ from grpo_worker.protocol.messages import (
     LoadRequest,
     LogProbsReply,
     LogProbsRequest,
+    PublishRequest,
     SaveReply,
     SaveRequest,
     SaveStatusReply,
     SaveStatusRequest,
+    StopRequest,
     UpdateReply,
     UpdateRequest,
 )
@@ -239,3 +242,183 @@ async def test_the_members_are_told_when_the_run_is_over(stage: Stage) -> None:
     assert client.reply.stop
     events = [event["reason"] for event in stage.records("events.jsonl")]
     assert events[-1] == "Succeeded"
+
+
+AGENTS = """
+async def two_turns(episode, *, hint):
+    await episode.generate(max_tokens=3)
+    episode.observe(hint)
+    await episode.generate(max_tokens=3)
+
+
+async def raises(episode):
+    raise KeyError("no such tool")
+
+
+def not_async(episode):
+    pass
+"""
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Path:
+    path = tmp_path / "my_agents.py"
+    path.write_text(AGENTS)
+    return path
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+async def test_an_agents_prompts_are_trained_exactly_once_an_epoch(stage: Stage, agents: Path, staleness: int) -> None:
+    batches: list[Any] = []
+    rollout = {"n": 2, "maxStaleness": staleness, "maxAttempts": 50, "agent": f"{agents}:two_turns", "agentOptions": {"hint": "+-"}}  # fmt: skip
+    train = str(stage.root / "train.parquet")
+    job = stage.job(
+        rollout=rollout,
+        data={"trainFiles": [train], "validationFiles": [train], "trainBatchSize": BATCH, "maxPromptLength": 16},
+    )
+    async with stage.members(Engine("rollout-0"), Engine("rollout-1", dies_now_and_then)):
+        update = stage.trainer.update
+
+        def keep(request: UpdateRequest) -> Any:
+            batches.append(request.batch)
+            return update(request)
+
+        stage.trainer.answers[UpdateRequest] = keep
+        await stage.train(job)
+    assert once_an_epoch(stage.trained())
+    for batch in batches:
+        assert set(batch.response_lengths.numpy().tolist()) == {8}
+        assert batch.response_mask.numpy().tolist() == [1, 1, 1, 0, 0, 1, 1, 1] * (BATCH * 2)
+    validation = [record for record in stage.records("samples.jsonl") if record["kind"] == "validation"]
+    assert validation and all("+-" in record["response"] for record in validation)
+    metrics = [line for line in stage.records("metrics.jsonl") if line["step"] > 0]
+    assert {line["agent/observed_tokens/max"] for line in metrics} == {2}
+    assert max(line["training/off_policy/trajectory_staleness/max"] for line in metrics) <= staleness
+
+
+async def test_an_agent_that_always_raises_stops_the_run_at_its_first_step(stage: Stage, agents: Path) -> None:
+    async with stage.members(Engine("rollout-0")):
+        with pytest.raises(
+            DataError, match=r"(?s)none of its 4 prompts.*e0-f0-r.*rollout\.agent: .*raises.*KeyError: 'no such tool'"
+        ):
+            await stage.train(stage.job(rollout={"n": 2, "agent": f"{agents}:raises"}))
+    assert stage.trainer.steps == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"rollout": {"agent": "my_agents.py:not_async"}}, DataError, r"rollout\.agent: .*is not async"),
+        (
+            {"rollout": {"agent": "my_agents.py:two_turns", "agentOptions": {"hints": 1}}},
+            DataError,
+            r"rollout\.agentOptions\.hints.*Did you mean 'hint'",
+        ),
+        (
+            {"actor": {"ppoMiniBatchSize": 2, "optim": {"lrScheduler": "cosine", "lrWarmupSteps": 24}}},
+            ConfigError,
+            r"24 updates and 24 of warm-up\. Shorten actor\.optim\.lrWarmupSteps",
+        ),
+    ],
+)
+async def test_what_cannot_work_is_refused_before_a_member_is_waited_for(
+    stage: Stage, agents: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:  # fmt: skip
+    monkeypatch.chdir(agents.parent)
+    with pytest.raises(error, match=words):
+        await stage.train(stage.job(**changes))
+
+
+async def test_an_evicted_trainer_loses_no_step(stage: Stage) -> None:
+    """The trainer's own words, that one of its processes got SIGTERM, make the coordinator save what the trainer holds."""
+    async with stage.members(Engine("rollout-0")):
+        update = stage.trainer.update
+
+        async def evicted_at_the_seventh(request: UpdateRequest) -> Any:
+            if request.step == 7:
+                stage.trainer.terminating = "trainer-1"
+                await asyncio.sleep(0.1)  # some heartbeats
+            return update(request)
+
+        stage.trainer.answers[UpdateRequest] = evicted_at_the_seventh
+        with pytest.raises(
+            YieldedError, match=r"stopped after step 7 of 12 \(trainer-1 is being terminated\)"
+        ) as ended:
+            await stage.train(stage.job())
+        assert isinstance(stage.trainer.calls[-1], StopRequest)
+    assert str(ended.value.context["checkpoint"]).endswith("_step_7")
+    async with stage.members(Engine("rollout-0")):
+        await stage.train(stage.job())
+    assert stage.trainer.steps == [8, 9, 10, 11, 12]
+    assert once_an_epoch(stage.trained())
+
+
+async def test_a_trainer_that_is_evicted_before_the_first_step_ends_the_start(stage: Stage) -> None:
+    async with stage.members():  # no engine: the run waits for one
+        train = asyncio.create_task(stage.train(stage.job()))
+        stage.trainer.terminating = "trainer-0"
+        with pytest.raises(YieldedError, match=r"before the first step \(trainer-0 is being terminated\)"):
+            await train
+
+
+async def test_an_engine_that_is_loading_is_told_when_the_run_is_stopped(stage: Stage) -> None:
+    async with stage.members():
+        loading = Engine("rollout-0")
+        beat = msgspec.structs.replace(loading.beat(), state="starting")
+        client = HeartbeatClient(stage.url, TOKEN, 0.02, lambda: beat)
+        beats = asyncio.create_task(client.run())
+        train = asyncio.create_task(stage.train(stage.job()))
+        async with asyncio.timeout(30):
+            while client.reply is None:
+                await asyncio.sleep(0.02)
+        async with aiohttp.ClientSession() as session:
+            await session.post(f"{stage.url}/v1/stop", headers=authorization(TOKEN))
+        with pytest.raises(YieldedError, match="asked over HTTP"):
+            await train
+        beats.cancel()
+    assert client.reply.stop
+
+
+async def test_status_lists_the_checkpoints_that_are_kept(stage: Stage) -> None:
+    seen: list[list[int]] = []
+    async with stage.members(Engine("rollout-0")):
+        update = stage.trainer.update
+
+        async def look(request: UpdateRequest) -> Any:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"{stage.url}/status", headers=authorization(TOKEN)) as response,
+            ):
+                status = await response.json()
+            seen.append([kept["step"] for kept in status["checkpoints"]])
+            return update(request)
+
+        stage.trainer.answers[UpdateRequest] = look
+        await stage.train(stage.job(checkpoint={"saveFreq": 2, "keepLast": 2}))
+    assert seen[0] == []
+    assert seen[-1] in ([10, 8], [8, 6])  # the save of step 10 may still be under way
+    assert all(steps == sorted(steps, reverse=True) and len(steps) <= 2 for steps in seen)
+
+
+async def test_a_run_that_waits_for_its_engines_stops_at_once(stage: Stage) -> None:
+    async with stage.members(), aiohttp.ClientSession() as session:  # no engine ever comes
+        train = asyncio.create_task(stage.train(stage.job(failurePolicy={"startupTimeoutSeconds": 50.0})))
+        async with asyncio.timeout(30):
+            while not any(isinstance(call, PublishRequest) for call in stage.trainer.calls):
+                await asyncio.sleep(0.02)
+        await session.post(f"{stage.url}/v1/stop", headers=authorization(TOKEN))
+        async with asyncio.timeout(15):
+            with pytest.raises(YieldedError, match="stopped after step 0 of 12"):
+                await train
+
+
+async def test_a_stop_request_breaks_a_validation_off(stage: Stage) -> None:
+    async def asks_for_a_stop(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:  # fmt: skip
+        async with aiohttp.ClientSession() as session:
+            await session.post(f"{stage.url}/v1/stop", headers=authorization(TOKEN))
+        await engine.released.wait()  # a validation without an end
+
+    job = stage.job(data={"validationFiles": [str(stage.root / "train.parquet")]})
+    async with stage.members(Engine("rollout-0", asks_for_a_stop)):
+        with pytest.raises(YieldedError, match="stopped after step 0"):
+            await stage.train(job)

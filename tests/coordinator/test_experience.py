@@ -1,6 +1,7 @@
 """From scored groups to what the update gets, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from coordinator_helpers import prompt, sample
 from grpo_worker.algorithms import ESTIMATORS, make_kl_controller
 from grpo_worker.config.algorithm import Algorithm
 from grpo_worker.coordinator.experience import Experience, Judged, assemble, judge
-from grpo_worker.coordinator.groups import Group
+from grpo_worker.coordinator.groups import Group, Sample
 from grpo_worker.coordinator.schedule import Batch
 from grpo_worker.coordinator.step_metrics import (
     experience_metrics,
@@ -233,3 +234,75 @@ def test_throughput_counts_prompt_and_response_tokens_a_second_and_gpu() -> None
     assert metrics["timing_per_token_ms/gen"] == pytest.approx(100.0)  # seven response tokens
     assert metrics["timing_per_token_ms/update_actor"] == pytest.approx(100.0)
     assert metrics["timing_s/gen"] == 0.7
+
+
+def observed(tokens: list[int], mask: list[int], score: float, log_probs: list[float]) -> Sample:
+    """A sample of an agent's: what has mask 0 was observed."""
+    made = sample(tokens, score, log_probs=log_probs)
+    return replace(made, mask=np.array(mask, dtype=bool), turns=2)
+
+
+# The samples of `two_groups`, with observations before, between and behind their tokens.
+MASKS = [[1, 0, 0, 1], [0, 1, 0], [1, 1, 0, 1], [1, 0]]
+OBSERVED = [
+    Group(order=0, prompt=prompt(0), samples=[
+        observed([1, 9, 9, 2], MASKS[0], 1.0, [-1.0, 0.0, 0.0, -2.0]), observed([9, 3, 9], MASKS[1], 0.0, [0.0, -0.5, 0.0]),
+    ]),
+    Group(order=1, prompt=prompt(1), samples=[
+        observed([4, 5, 9, 6], MASKS[2], 3.0, [-1.0, -1.0, 0.0, -1.0]), observed([7, 9], MASKS[3], 1.0, [-4.0, 0.0]),
+    ]),
+]  # fmt: skip
+SAMPLED = torch.tensor([bit for mask in MASKS for bit in mask], dtype=torch.bool)
+
+
+def among_observed(values: list[float], filler: float) -> list[float]:
+    """Values of sampled tokens, with `filler` at the observed ones."""
+    rest = iter(values)
+    return [next(rest) if bit else filler for bit in SAMPLED.tolist()]
+
+
+@pytest.mark.parametrize("kl_in_reward", [False, True])
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_observed_tokens_change_nothing_of_what_sampled_ones_get(estimator: str, kl_in_reward: bool) -> None:
+    old = [-1.1, -2.2, -0.4, -1.0, -0.7, -1.3, -3.5]
+    reference = [-1.5, -2.0, -0.6, -1.1, -3.0, -1.0, -4.0]
+    correction = {"rolloutIs": "sequence", "rolloutIsBatchNormalize": True, "rolloutRs": ["seq_mean_k3"], "rolloutRsThreshold": 0.5}  # fmt: skip
+    settings = Algorithm.model_validate(
+        {"advantageEstimator": estimator, "useKLInReward": kl_in_reward, "klPenalty": "k2", "rolloutCorrection": correction}
+    )  # fmt: skip
+    results = []
+    for groups, fill in ((two_groups(), lambda values, filler: values), (OBSERVED, among_observed)):
+        controller = make_kl_controller("adaptive", 0.1, horizon=100, target_kl=0.1)
+        log_probs = reply(fill(old, -50.0), fill(reference, -0.1))
+        judged = judge(assemble(groups, 2), log_probs, settings, ESTIMATORS[estimator], controller, 10)
+        results.append((judged, controller.coefficient))
+    (plain, coefficient), (agents, agents_coefficient) = results
+    assert agents.experience.mask.tolist() == SAMPLED.tolist()
+    torch.testing.assert_close(agents.advantages[SAMPLED], plain.advantages)
+    torch.testing.assert_close(agents.is_weights[SAMPLED], plain.is_weights)
+    assert agents.mask[SAMPLED].tolist() == plain.mask.tolist()
+    for values in (agents.advantages, agents.is_weights, agents.mask):
+        assert not values[~SAMPLED].any()
+    assert agents_coefficient == pytest.approx(coefficient)
+    assert agents.metrics == pytest.approx(plain.metrics)
+
+
+def test_an_agents_metrics_tell_sampled_from_observed_tokens() -> None:
+    made = assemble(OBSERVED, 2)
+    metrics = experience_metrics(
+        judge(made, None, Algorithm(), ESTIMATORS["grpo"], make_kl_controller("fixed", 0.1, horizon=1, target_kl=1), 10), 10
+    )  # fmt: skip
+    expected = {
+        "agent/turns/mean": 2.0, "agent/sampled_tokens/mean": 7 / 4, "agent/sampled_tokens/max": 3.0, "agent/observed_tokens/mean": 6 / 4,
+        "response_length/mean": 13 / 4,
+    }  # fmt: skip
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert performance_metrics(made, {"gen": 0.7, "step": 3.0}, 1)["timing_per_token_ms/gen"] == pytest.approx(100.0)
+    assert not any(name.startswith("agent/") for name in experience_metrics(judged(), 3))
+
+
+def test_the_trainer_is_told_which_tokens_were_observed() -> None:
+    wire = assemble(OBSERVED, 2).wire()
+    assert wire.response_mask is not None
+    assert wire.response_mask.numpy().tolist() == SAMPLED.to(torch.uint8).tolist()
+    assert wire.response_lengths.numpy().tolist() == [4, 3, 4, 2]

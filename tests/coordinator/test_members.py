@@ -105,3 +105,13 @@ async def test_who_waits_is_woken_by_a_change_alone(members: Members, change: di
 async def test_waiting_ends_with_its_limit(members: Members) -> None:
     async with asyncio.timeout(5):
         await members.wait(0.01)
+
+
+def test_who_is_there_to_be_told_something(members: Members, clock: Clock) -> None:
+    """Ready or loading; not who has failed or fell silent."""
+    members.beat(changed(name="silent"))
+    clock.now += 30.1
+    members.beat(changed(name="ready"))
+    members.beat(changed(name="loading", state="starting"))
+    members.beat(changed(name="leaving", state="failed"))
+    assert [member.name for member in members.present()] == ["loading", "ready"]

@@ -13,7 +13,7 @@ from coordinator_helpers import World, world
 
 from grpo_worker.checkpoint import latest, list_checkpoints
 from grpo_worker.coordinator import saver as saver_module
-from grpo_worker.coordinator.saver import Saved, Saver
+from grpo_worker.coordinator.saver import Saved, Saver, complete_checkpoints
 from grpo_worker.coordinator.trainer_client import TrainerFailed, TrainerLost
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
 from grpo_worker.protocol.messages import (
@@ -264,3 +264,24 @@ async def test_what_a_killed_save_left_is_removed_at_the_start(tmp_path: Path) -
     async with saving(tmp_path) as (_, _, here, _told):
         assert here.reasons() == ["CheckpointLeftover"]
     assert entries(tmp_path) == []
+
+
+async def test_complete_checkpoints_are_told_newest_first_with_those_of_an_earlier_run(tmp_path: Path) -> None:
+    told: list[list[int]] = []
+    async with world(version=None) as here:
+        Shards(here)
+        for steps in ((1, 2), (3,)):
+            saver = Saver(
+                tmp_path, 2, here.trainer_client, here.emit, lambda saved: None,
+                lambda kept: told.append([saved.step for saved in kept]),
+            )  # fmt: skip
+            saver.prepare(1000)
+            for step in steps:
+                await saver.save(0, step, {"step": step})
+                await saver.wait()
+    assert told == [[], [1], [2, 1], [2, 1], [3, 2]]
+
+
+async def test_a_checkpoint_without_a_readable_manifest_is_not_told(tmp_path: Path) -> None:
+    (tmp_path / "epoch_0_step_5").mkdir()
+    assert complete_checkpoints(tmp_path) == []

@@ -39,7 +39,7 @@ def _lines(text: str) -> dict[str, str]:
     """The line that sets each path below `spec`."""
     found, stack = {}, []
     for line in text.splitlines():
-        if not (match := re.match(r"( *)(\w+):", line)):
+        if not (match := re.match(r'( *)"?(\w+)"?:', line)):
             continue
         depth = len(match[1]) // 2
         stack = [*stack[:depth], match[2]]

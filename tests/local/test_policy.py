@@ -2,7 +2,8 @@
 
 import pytest
 
-from grpo_worker.local.policy import LONGEST_BACKOFF_SECONDS, UNCOUNTED_LIMIT, Action, Budget, Decision, decide
+from grpo_worker.exit_policy import LONGEST_BACKOFF_SECONDS, UNCOUNTED_LIMIT
+from grpo_worker.local.policy import Action, Budget, Decision, decide
 
 SUCCEED, YIELD, FAIL = Action.SUCCEED, Action.YIELD, Action.FAIL
 ROLLOUT, SET = Action.RESTART_ROLLOUT, Action.RESTART_SET

@@ -170,6 +170,13 @@ def test_children_get_what_they_need_and_the_document_with_every_value(run: Run)
     assert (run.directory.logs / "rollout-0.log").read_text() == "rollout-0 runs as rollout\n"
 
 
+def test_what_only_a_cluster_uses_is_left_aside_in_one_line(run: Run) -> None:
+    run.finish()
+    run.go(job(runtime={"workspace": {"claimName": "a"}}, scheduling={"nodeSelector": {"a": "b"}}))
+    (told,) = [event["message"] for event in run.view.events if event["reason"] == "LeftAside"]
+    assert told == "Left aside, for a cluster only: runtime.workspace, scheduling.nodeSelector"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_an_engine_killed_by_a_signal_is_replaced_alone(run: Run, number: int) -> None:
     run.ends("rollout-0", {"signal": number})

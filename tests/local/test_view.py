@@ -137,6 +137,7 @@ def test_the_live_view_draws_the_reward_curve_and_the_change_of_accuracy() -> No
     terminal = Terminal()
     console = Console(file=terminal, force_terminal=True, width=100, height=50, no_color=True)
     view = LiveView(console, clock=lambda: NOW)
+    view.update({**STATUS, "step": 0, "reward": None, "accuracy": 0.25}, [])
     for step in range(1, 9):
         view.update({**STATUS, "step": step, "reward": step / 8, "accuracy": 0.2 + step / 20}, [])
     view.update(None, [event("Coordinator is gone", "error")])
@@ -206,3 +207,12 @@ def test_no_color_leaves_out_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     view.update(STATUS, [])
     view.close()
     assert "\x1b[3" not in terminal.getvalue().replace("\x1b[3m", "") and "arithmetic" in terminal.getvalue()
+
+
+def test_who_looks_in_the_middle_of_a_run_is_told_no_change_since_its_start() -> None:
+    terminal = Terminal()
+    view = LiveView(Console(file=terminal, force_terminal=True, width=100, height=50, no_color=True), clock=lambda: NOW)
+    view.update({**STATUS, "step": 7, "accuracy": 0.5}, [])
+    view.update({**STATUS, "step": 8, "accuracy": 0.6}, [])
+    view.close()
+    assert "since start" not in terminal.getvalue()

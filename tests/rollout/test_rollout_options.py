@@ -36,3 +36,11 @@ def test_an_engine_argument_sets_the_context(monkeypatch: pytest.MonkeyPatch) ->
     spec = {**DOCUMENT["spec"], "rollout": {"engineArgs": {"max_model_len": 64, "swap_space": 1}}}  # type: ignore[dict-item]
     engine, _ = options_of(job_from_document({**DOCUMENT, "spec": spec}), 0)
     assert (engine.max_model_len, engine.engine_args) == (64, {"swap_space": 1})
+
+
+def test_in_a_pod_the_port_is_the_same_for_every_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_ROLLOUT_PORT", "7604")
+    monkeypatch.setenv("GRPO_LISTEN_HOST", "0.0.0.0")
+    for index in (0, 3):
+        _, replica = options_of(job_from_document(DOCUMENT), index)
+        assert (replica.host, replica.port) == ("0.0.0.0", 7604)

@@ -158,6 +158,9 @@ def test_a_replica_that_is_told_to_stop_ends_with_0_even_while_it_loads(
             else:
                 coordinator.reply = HeartbeatReply(incarnation="one", policy_version=None, max_staleness=0, stop=True)
             assert last_word(process, 30) == (0, {})
+            leaving = coordinator.beats[-1]
+            told = ("failed", "rollout-0") if how == "signal" else ("starting", "")
+            assert (leaving.state, leaving.terminating) == told  # the coordinator does not wait for its silence
         finally:
             process.kill()
 

@@ -1,5 +1,6 @@
 """Gradients and updates on one rank: against plain Transformers, and against each other however the batch is cut."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def test_micro_batches_do_not_change_the_gradient(model: Path, mode: str) -> Non
     for other in gradients[1:]:
         assert relative_difference(other, gradients[0]) < 1e-6
     assert relative_difference(gradients[0], plain_gradient(model, sequences, mode, 0.1)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_values_at_masked_tokens_change_neither_gradient_nor_metrics(model: Path, mode: str) -> None:
+    sequences = sequences_of(LENGTHS)
+    observed = sequences.response_mask == 0
+    assert observed.any()
+    extremes = {"old_log_probs": 0.0, "ref_log_probs": -80.0, "advantages": 1e6, "is_weights": 1e6}
+    values = {name: np.where(observed, extremes[name], given).astype(np.float32) for name, given in sequences.values.items()}  # fmt: skip
+    loss = {"loss_agg_mode": mode, "use_kl_loss": True, "kl_loss_coef": 0.1, "entropy_coeff": 0.01}
+    options = options_for(model, loss=loss)
+    (gradient,), metrics = recorded_update(options, sequences, single_rank())
+    (other,), other_metrics = recorded_update(options, replace(sequences, values=values), single_rank())
+    assert relative_difference(other, gradient) == 0.0
+    for name in ("pg_loss", "pg_clipfrac", "ppo_kl", "kl_loss", "entropy", "grad_norm"):
+        assert other_metrics[f"actor/{name}"] == metrics[f"actor/{name}"], name
 
 
 def test_metrics_do_not_depend_on_micro_batches(model: Path) -> None:

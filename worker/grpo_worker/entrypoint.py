@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as end:  # argparse's own: 0 after --help, 2 for a wrong command line
         sys.exit(int(ExitCode.USAGE) if end.code == 2 else end.code)
     _die_with_parent()
+    _end_on_sigterm()
     sys.exit(run(options.role, options.job))
 
 
@@ -62,6 +63,19 @@ def _die_with_parent() -> None:
     if os.getppid() != int(parent):
         sys.exit(int(ExitCode.RETRY))  # it died before we asked
     del os.environ[PARENT_PID]  # our own children have other parents
+
+
+def _end_on_sigterm() -> None:
+    """Until the role has a handler of its own: the first process of a container ignores a signal that it does not handle, and would
+    keep a pod that is to go for its whole grace period."""
+    owner = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() == owner:
+            _last_word("Terminated", "told to end while starting", {})
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _run_role(role: str, job: GRPOJob) -> int:

@@ -11,6 +11,7 @@ LISTEN_HOST = "GRPO_LISTEN_HOST"  # address that servers bind; 0.0.0.0 in a pod
 ADVERTISED_HOST = "GRPO_ADVERTISED_HOST"  # address under which the others reach this process; the pod's IP
 MEMBER_NAME = "GRPO_MEMBER_NAME"  # for example rollout-0; the same after a restart
 REPLICA_INDEX = "GRPO_REPLICA_INDEX"  # of a rollout server
+ROLLOUT_PORT = "GRPO_ROLLOUT_PORT"  # what a rollout server listens on, in place of network.rolloutPort + its index
 DEVICE_COUNT = "GRPO_DEVICE_COUNT"  # GPUs that the job has in all, where trainer and engines may share them
 RESUME = "GRPO_RESUME"  # in place of checkpoint.resume, after a restart
 TERMINATION_LOG = "GRPO_TERMINATION_LOG"  # file that takes the last word of a process

@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,47 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     is_file = source.endswith(".py") or "/" in source
     module = _load_file(source, name, field) if is_file else _load_module(source, name, field)
     return _member(module, function_name, name, field)
+
+
+def check_signature(
+    signature: inspect.Signature,
+    positional: int,
+    keywords: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    name: str,
+    fields: tuple[str, str],
+    advice: str,
+) -> None:
+    """Refuse a function that cannot be called with so many positional arguments, these keywords and a person's options.
+
+    Args:
+        fields: the document's fields of the function and of its options.
+        advice: the signature to write.
+
+    Raises DataError.
+    """
+    field, options_field = fields
+    kinds = inspect.Parameter
+    free = [
+        parameter.name
+        for parameter in list(signature.parameters.values())[positional:]
+        if parameter.kind in (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD) and parameter.name not in keywords
+    ]
+    takes_any = any(parameter.kind is kinds.VAR_KEYWORD for parameter in signature.parameters.values())
+    for option in options:
+        if option in keywords or (option not in free and not takes_any):
+            raise DataError(
+                f"{options_field}.{option}: {name!r} takes no such option (options: {', '.join(free) or 'none'})."
+                f"{did_you_mean(option, free)}"
+            )
+    try:
+        signature.bind(*[None] * positional, **dict.fromkeys(keywords), **options)
+    except TypeError as error:
+        raise DataError(
+            f"{field}: {name!r} has the signature {signature}, which cannot be called ({error})."
+            f" {advice} further parameters need a default or an entry in {options_field}."
+        ) from error
 
 
 def traceback_tail(error: BaseException, lines: int = _TRACEBACK_LINES) -> str:

@@ -2,9 +2,8 @@
 
 import argparse
 
-import yaml
-
 from grpo_worker.config import load_job, resolved_document
+from grpo_worker.config.yaml_text import yaml_text
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,7 +27,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _validate(options: argparse.Namespace) -> None:
     job = load_job(options.file, options.overrides)
     print("valid")
-    print(yaml.safe_dump(resolved_document(job), sort_keys=False, width=120), end="")
+    print(yaml_text(resolved_document(job)), end="")
 
 
 def _crd(options: argparse.Namespace) -> None:

@@ -11,11 +11,13 @@ from importlib.metadata import entry_points
 
 from grpo_worker import __version__
 from grpo_worker.cli import data, demo, job, model, run
+from grpo_worker.cli.tools import Tools
 from grpo_worker.errors import ExitCode, GRPOError
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 
-# Each adds its commands to the parser's subcommands. Installed packages add theirs by the entry point group `grpo.commands`.
+# Each adds its commands to the parser's subcommands. Installed packages add theirs by the entry point group `grpo.commands`: functions
+# that take the subcommands and `Tools`.
 GROUPS: tuple[Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None], ...] = (
     run.add_commands,
     job.add_commands,
@@ -35,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     for add in GROUPS:
         add(commands)
     for entry in entry_points(group="grpo.commands"):
-        entry.load()(commands)
+        entry.load()(commands, Tools())
     return parser
 
 

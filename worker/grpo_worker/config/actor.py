@@ -4,8 +4,18 @@ from typing import Literal
 
 from grpo_worker.config.algorithm import KLKind
 from grpo_worker.config.base import Section, field
+from grpo_worker.errors import ConfigError
 
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+
+
+def check_decay(scheduler: str, warmup_updates: int, total_updates: int) -> None:
+    """Raises ConfigError when a run of `total_updates` (0: not known) ends before its learning rate can decay."""
+    if scheduler != "constant" and 0 < total_updates <= warmup_updates:
+        raise ConfigError(
+            f"actor.optim.lrScheduler: {scheduler} decays over the run's updates after the warm-up, and there are "
+            f"{total_updates} updates and {warmup_updates} of warm-up. Shorten actor.optim.lrWarmupSteps, or use constant."
+        )
 
 
 class Model(Section):
@@ -112,6 +122,10 @@ class Actor(Section):
     kl_loss_type: KLKind = field("low_var_kl", "Estimator of that term.", verl="actor.kl_loss_type")
     entropy_coeff: float = field(0.0, "Coefficient of the entropy bonus.", verl="actor.entropy_coeff", ge=0)
     fsdp: ActorFSDP = field(ActorFSDP, "Offload.", verl="actor.fsdp_config")
+
+    def updates_per_step(self, train_batch_size: int) -> int:
+        """Optimizer steps that a full training step makes."""
+        return -(-train_batch_size // self.ppo_mini_batch_size) * self.ppo_epochs
 
 
 class RefFSDP(Section):

@@ -3,11 +3,13 @@
 Invariant: a field cannot be declared without a description, and a key that no field declares is an error.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-_UPPER = {"kl": "KL", "gpu": "GPU", "kv": "KV", "gib": "GiB", "fsdp": "FSDP"}
+Role = Literal["coordinator", "trainer", "rollout"]
+
+_UPPER = {"kl": "KL", "gpu": "GPU", "kv": "KV", "gib": "GiB", "fsdp": "FSDP", "uid": "UID"}
 
 
 def camel(name: str) -> str:
@@ -37,6 +39,8 @@ def field(
     verl: str | None = None,
     unit: str | None = None,
     immutable: bool = True,
+    cluster: bool = False,
+    map_key: str | None = None,
     **rules: Any,
 ) -> Any:
     """A documented field.
@@ -47,10 +51,12 @@ def field(
         verl: the parameter's name in verl, when it has one.
         unit: tokens, seconds, prompts, ...
         immutable: False for a field that may change on a running job.
+        cluster: True for a field that `grpo run` leaves aside.
+        map_key: the field by which entries of a list are told apart when several writers apply it.
         rules: pydantic constraints (ge, gt, le, lt, pattern, min_length, ...).
     """
-    extra: dict[str, Any] = {"x-verl": verl, "x-unit": unit, "x-mutable": None if immutable else True}
-    extra = {key: value for key, value in extra.items() if value is not None}
+    marks = {"x-verl": verl, "x-unit": unit, "x-mutable": not immutable, "x-cluster": cluster, "x-map-key": map_key}
+    extra: dict[str, Any] = {key: value for key, value in marks.items() if value}
     if isinstance(default, type) and issubclass(default, BaseModel):
         return Field(default_factory=default, description=doc, json_schema_extra=extra or None, **rules)
     if callable(default):  # a fresh list or mapping for each document; the schema shows its value
@@ -62,3 +68,17 @@ def field(
 
 # `module:function` or `path/to/file.py:function`.
 FunctionPath = Annotated[str, Field(pattern=r"^[\w./\-]+:[A-Za-z_]\w*$")]
+
+
+def _quantity_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_QUANTITY = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
+# A Kubernetes quantity: `8`, "500m", "64Gi". A whole number may be written without quotes.
+Quantity = Annotated[
+    str,
+    Field(pattern=_QUANTITY),
+    BeforeValidator(_quantity_text),
+    WithJsonSchema({"type": "string", "pattern": _QUANTITY, "x-kubernetes-int-or-string": True}),
+]

@@ -1,27 +1,46 @@
 """The CustomResourceDefinition, generated from the models.
 
-Invariant: the schema is structural (no $ref, no anyOf over types), carries the models' descriptions, bounds and defaults, and every
-rule of `rules.py` as CEL. Fields that a preset may set have no default here (see `presets`).
+Invariant: the schema is structural (no $ref, no anyOf over types), carries the models' descriptions, bounds and defaults, every
+rule of `rules.py` as CEL, and a transition rule for each field that may not change. Fields that a preset may set have no default
+here (see `presets`).
 """
 
+import re
 from typing import Any
 
-import yaml
-
-from grpo_worker.config.job import GROUP, KIND, VERSION, GRPOJob, Spec
+from grpo_worker.config.job import GROUP, KIND, NAME, NAME_LIMIT, VERSION, GRPOJob, Spec
+from grpo_worker.config.pod_template import POD_LABELS_SCHEMA, POD_SPEC_SCHEMA
 from grpo_worker.config.presets import PRESET_PATHS
 from grpo_worker.config.rules import RULES
+from grpo_worker.config.status import GRPOJobStatus
+from grpo_worker.config.yaml_text import yaml_text
 
-_COPIED = ("description", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum")
+_COPIED = (
+    "description", "enum", "pattern", "format", "minLength", "maxLength", "minItems", "maxItems", "maxProperties",
+    "minimum", "maximum",
+)  # fmt: skip
+_CEL_RESERVED = {"true", "false", "null", "in", "as", "break", "const", "continue", "else", "for", "function", "if", "import", "let",
+    "loop", "package", "namespace", "return", "var", "void", "while"}  # fmt: skip
+_IMMUTABLE = "is immutable: create a new job with the change; its checkpoint.resume may name a checkpoint of this one"
+# An unquoted key `n` reaches the API server as `false`; so that name is declared, to say what to do.
+_QUOTE_N = 'n without quotes is false in kubectl\'s YAML 1.1. Write "n", in quotes.'
+# Name, type, path, priority (1: only with `-o wide`).
+_COLUMNS = (
+    ("State", "string", ".status.state", 0),
+    ("Step", "integer", ".status.progress.step", 0),
+    ("Epoch", "number", ".status.progress.epoch", 0),
+    ("Reward", "number", ".status.progress.reward", 0),
+    ("Checkpoint", "integer", ".status.checkpoints.lastStep", 0),
+    ("Trainers", "string", ".status.summary.trainers", 0),
+    ("Rollouts", "string", ".status.summary.rollouts", 0),
+    ("Restarts", "integer", ".status.restarts", 0),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("Message", "string", ".status.message", 1),
+)
 
 
 def crd() -> dict[str, Any]:
     """The CRD as a document that `kubectl apply` takes."""
-    spec = _structural(Spec.model_json_schema(by_alias=True), "")
-    spec["x-kubernetes-validations"] = [
-        {"rule": rule.cel, "message": f"{rule.path} {rule.message}. {rule.remedy}", "fieldPath": f".{rule.path}"}
-        for rule in RULES
-    ]
     names = {
         "kind": KIND,
         "listKind": f"{KIND}List",
@@ -30,55 +49,85 @@ def crd() -> dict[str, Any]:
         "shortNames": ["grpo"],
         "categories": ["all"],
     }
+    version = {
+        "name": VERSION,
+        "served": True,
+        "storage": True,
+        "schema": {"openAPIV3Schema": _document()},
+        "subresources": {
+            "status": {},
+            "scale": {
+                "specReplicasPath": ".spec.rollout.replicas",
+                "statusReplicasPath": ".status.rollout.replicas",
+                "labelSelectorPath": ".status.rollout.selector",
+            },
+        },
+        "additionalPrinterColumns": [
+            {"name": name, "type": kind, "jsonPath": path, **({"priority": priority} if priority else {})}
+            for name, kind, path, priority in _COLUMNS
+        ],
+    }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
         "metadata": {"name": f"grpojobs.{GROUP}"},
-        "spec": {
-            "group": GROUP,
-            "names": names,
-            "scope": "Namespaced",
-            "versions": [
-                {
-                    "name": VERSION,
-                    "served": True,
-                    "storage": True,
-                    "schema": {
-                        "openAPIV3Schema": {
-                            "type": "object",
-                            "description": (GRPOJob.__doc__ or "").strip(),
-                            "required": ["spec"],
-                            "properties": {
-                                "apiVersion": {"type": "string"},
-                                "kind": {"type": "string"},
-                                "metadata": {"type": "object"},
-                                "spec": spec,
-                                "status": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
-                            },
-                        }
-                    },
-                    "subresources": {"status": {}},
-                }
-            ],
-        },
+        "spec": {"group": GROUP, "names": names, "scope": "Namespaced", "versions": [version]},
     }
 
 
 def crd_yaml() -> str:
-    return "# Generated by `grpo crd` from worker/grpo_worker/config; do not edit.\n" + yaml.safe_dump(
-        crd(), sort_keys=False, width=140, allow_unicode=True
-    )
+    return "# Generated by `grpo crd` from worker/grpo_worker/config; do not edit.\n" + yaml_text(crd(), width=140)
 
 
-def _structural(schema: dict[str, Any], path: str, definitions: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One node of pydantic's JSON schema as a structural OpenAPI v3 node. `path` is the field's path below spec."""
+def _document() -> dict[str, Any]:
+    spec = _structural(Spec.model_json_schema(by_alias=True), "", fixed=True)
+    transitions = spec.pop("x-kubernetes-validations", [])
+    spec["x-kubernetes-validations"] = [
+        {"rule": rule.cel, "message": f"{rule.path} {rule.message}. {rule.remedy}", "fieldPath": f".{rule.path}"}
+        for rule in RULES
+        if rule.cel
+    ] + transitions
+    return {
+        "type": "object",
+        "description": (GRPOJob.__doc__ or "").strip(),
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec,
+            "status": _structural(GRPOJobStatus.model_json_schema(by_alias=True), ""),
+        },
+        "x-kubernetes-validations": [
+            {
+                "rule": f"self.metadata.name.size() <= {NAME_LIMIT} && self.metadata.name.matches('{NAME}')",
+                "message": f"metadata.name: at most {NAME_LIMIT} of a-z, 0-9 and -, beginning with a letter (it names a Service). "
+                "Choose a shorter or plainer name.",
+            }
+        ],
+    }
+
+
+def _structural(
+    schema: dict[str, Any], path: str, definitions: dict[str, Any] | None = None, *, fixed: bool = False
+) -> dict[str, Any]:
+    """One node of pydantic's JSON schema as a structural OpenAPI v3 node.
+
+    Args:
+        path: the field's path below spec (or status).
+        fixed: state for each field of this section that it may not change.
+    """
     definitions = definitions if definitions is not None else schema.get("$defs", {})
     node = _resolved(schema, definitions)
     out: dict[str, Any] = {key: node[key] for key in _COPIED if key in node}
+    if "description" in out:
+        out["description"] = _explained(node, path)
     kind = node.get("type")
     if kind is None and "enum" in node:
         kind = "string"
-    if kind:
+    if node.get("x-kubernetes-int-or-string"):
+        out["x-kubernetes-int-or-string"] = True
+    elif kind:
         out["type"] = kind
     if kind == "integer":
         out["format"] = "int64"
@@ -88,28 +137,80 @@ def _structural(schema: dict[str, Any], path: str, definitions: dict[str, Any] |
     if node.get("default") is not None and path not in PRESET_PATHS:
         out["default"] = node["default"]
     if kind == "array":
-        out["items"] = _structural(node["items"], "", definitions)
+        out["items"] = _structural(node["items"], f"{path}[]", definitions)
+        if key := node.get("x-map-key"):
+            out["x-kubernetes-list-type"], out["x-kubernetes-list-map-keys"] = "map", [key]
     if kind == "object":
-        _object(node, path, definitions, out)
+        _object(node, path, definitions, out, fixed)
     return out
 
 
-def _object(node: dict[str, Any], path: str, definitions: dict[str, Any], out: dict[str, Any]) -> None:
+def _explained(node: dict[str, Any], path: str) -> str:
+    """A description that reads well in `kubectl explain`: with the unit, the default and verl's name."""
+    parts = [node["description"].rstrip()]
+    if unit := node.get("x-unit"):
+        parts.append(f"Unit: {unit}.")
+    default = node.get("default")
+    if default not in (None, {}, []):
+        parts.append(f"Default: {_shown(default)}" + (", unless a preset sets it." if path in PRESET_PATHS else "."))
+    if verl := node.get("x-verl"):
+        parts.append(f"In verl: {verl}.")
+    if node.get("x-mutable"):
+        parts.append("May change on a running job.")
+    return " ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_shown(item) for item in value)
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _object(node: dict[str, Any], path: str, definitions: dict[str, Any], out: dict[str, Any], fixed: bool) -> None:
     properties = node.get("properties")
     if properties is None:
         values = node.get("additionalProperties")
         if isinstance(values, dict) and values.get("type"):
-            out["additionalProperties"] = _structural(values, "", definitions)
+            out["additionalProperties"] = _structural(values, f"{path}{{}}", definitions)
         else:
             out["x-kubernetes-preserve-unknown-fields"] = True
+        if re.fullmatch(r"runtime\.podTemplate\.\w+\.spec", path):
+            out.update(POD_SPEC_SCHEMA)
+        elif re.fullmatch(r"runtime\.podTemplate\.\w+\.metadata\.labels", path):
+            out.update(POD_LABELS_SCHEMA)
         return
-    out["properties"] = {
-        key: _structural(value, f"{path}.{key}" if path else key, definitions) for key, value in properties.items()
-    }
-    if required := node.get("required"):
+    out["properties"], transitions = {}, []
+    required = node.get("required", [])
+    for key, child in properties.items():
+        below, resolved = f"{path}.{key}".lstrip("."), _resolved(child, definitions)
+        is_section = "properties" in resolved and not _is_optional(resolved)
+        out["properties"][key] = _structural(child, below, definitions, fixed=fixed and is_section)
+        if fixed and not is_section and not resolved.get("x-mutable"):
+            transitions.append(_transition(key, below))
+    if "n" in properties:
+        out["properties"]["false"] = {"type": "integer", "format": "int64", "description": _QUOTE_N}
+        transitions.append({"rule": "!has(self.__false__)", "message": f"{path}.{_QUOTE_N}", "fieldPath": ".n"})
+    if transitions:
+        out["x-kubernetes-validations"] = transitions
+    if required:
         out["required"] = list(required)
-    elif path:
-        out.setdefault("default", {})  # so that the defaults below it are filled in when the section is left out
+    elif path and not path.endswith("[]") and not _is_optional(node):
+        out["default"] = {}  # so that the defaults below it are filled in when the section is left out
+
+
+def _is_optional(section: dict[str, Any]) -> bool:
+    """Whether the section may be absent: declared `X | None`, so with a default of null in its schema."""
+    return "default" in section
+
+
+def _transition(key: str, path: str) -> dict[str, str]:
+    """The rule that a field may not change, stated at its parent: only there it also sees the field come and go."""
+    name = f"__{key}__" if key in _CEL_RESERVED else key
+    return {
+        "rule": f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
+        "message": f"spec.{path} {_IMMUTABLE}",
+        "fieldPath": f".{key}",
+    }
 
 
 def _resolved(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,16 @@ from grpo_worker.config.algorithm import Algorithm
 from grpo_worker.config.base import Section, field
 from grpo_worker.config.data import Data, Reward
 from grpo_worker.config.rollout import Rollout
-from grpo_worker.config.run import Checkpoint, FailurePolicy, Network, Runtime, Trainer
+from grpo_worker.config.run import Checkpoint, FailurePolicy, Network, Trainer
+from grpo_worker.config.runtime import Runtime
+from grpo_worker.config.scheduling import Scheduling
 
 GROUP = "grpo.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "GRPOJob"
+NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # RFC 1035: it is the name of a Service
+NAME_LIMIT = 40  # leaves room for -coordinator, -rollout-123 and a hash within the 63 of a label
 
 
 class Metadata(Section):
@@ -22,7 +26,12 @@ class Metadata(Section):
 
     model_config = ConfigDict(**{**Section.model_config, "extra": "allow"})
 
-    name: str = field(..., "Name of the job.", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=52)
+    name: str = field(
+        ...,
+        "Name of the job, also of its Service and the start of its pods' names.",
+        pattern=NAME,
+        max_length=NAME_LIMIT,
+    )
     namespace: str | None = field(None, "Namespace of the job.")
     labels: dict[str, str] = field(dict, "Labels.")
     annotations: dict[str, str] = field(dict, "Annotations.")
@@ -43,8 +52,23 @@ class Spec(Section):
     failure_policy: FailurePolicy = field(FailurePolicy, "Restarts.")
     runtime: Runtime = field(Runtime, "The machine.")
     network: Network = field(Network, "Ports and limits.")
+    scheduling: Scheduling = field(Scheduling, "Where pods may run.")
+    suspend: bool = field(
+        False,
+        "Save, stop and free the devices; false again goes on from the checkpoint.",
+        immutable=False,
+        cluster=True,
+    )
     active_deadline_seconds: int | None = field(
         None, "The job fails when it runs longer.", unit="seconds", ge=1, immutable=False
+    )
+    ttl_seconds_after_finished: int | None = field(
+        None,
+        "Delete the job so long after its end, with its pods and their logs; checkpoints stay. Default never.",
+        unit="seconds",
+        ge=0,
+        immutable=False,
+        cluster=True,
     )
 
     @property

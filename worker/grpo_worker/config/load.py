@@ -5,7 +5,6 @@ contradiction are each reported with path, value, rule and remedy.
 """
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from grpo_worker.config.job import GRPOJob
 from grpo_worker.config.presets import apply_preset
 from grpo_worker.config.rules import RULES
+from grpo_worker.config.yaml_text import EXPONENT
 from grpo_worker.errors import UsageError
 
 
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    EXPONENT,
     list("-+0123456789."),
 )
 
@@ -97,7 +97,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> GRPOJob:
         raise UsageError(f"{file}: cannot be read: {error}") from error
     document = parse_yaml(text, str(file))
     for override in overrides if isinstance(document, dict) else ():
-        _override(document, override)
+        apply_override(document, override)
     return job_from_document(document, str(file))
 
 
@@ -125,7 +125,8 @@ def resolved_document(job: GRPOJob) -> dict[str, Any]:
     return job.model_dump(by_alias=True, mode="json", exclude_none=True)
 
 
-def _override(document: Any, override: str) -> None:
+def apply_override(document: Any, override: str) -> None:
+    """Set one `path=value` in a parsed document. Raises UsageError."""
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from grpo_worker.config.base import Section, field
+from grpo_worker.config.base import FunctionPath, Section, field
 
 
 class ValidationSampling(Section):
@@ -29,13 +29,20 @@ class Rollout(Section):
     )
     top_p: float = field(1.0, "Nucleus.", verl="rollout.top_p", gt=0, le=1)
     top_k: int = field(-1, "Largest rank that is sampled; -1 is all.", verl="rollout.top_k", ge=-1)
-    replicas: int = field(1, "Engines.", unit="engines", ge=1, immutable=False)
+    replicas: int = field(
+        1, "Engines; `kubectl scale` changes them on a running job.", unit="engines", ge=1, immutable=False
+    )
     min_replicas: int | None = field(
         None,
         "Engines that must serve current weights before a run starts or goes on after a restart; default all of them.",
         unit="engines",
         ge=1,
+        immutable=False,
     )
+    max_replicas: int | None = field(
+        None, "Most engines that replicas, and so an autoscaler, may ask for; default no limit.",
+        unit="engines", ge=1, immutable=False, cluster=True,
+    )  # fmt: skip
     tensor_parallel_size: int = field(
         1, "GPUs of one engine.", verl="rollout.tensor_model_parallel_size", unit="GPUs", ge=1
     )
@@ -83,6 +90,17 @@ class Rollout(Section):
         600.0, "Deadline of a prompt's generation, from when an engine can run it.", unit="seconds", gt=0
     )
     max_attempts: int = field(3, "Dispatches of a prompt before it is counted as failed.", ge=1)
+    agent: FunctionPath | None = field(
+        None,
+        "Async function that makes one sample in turns (tools, environments), as module:function or path/to/file.py:function; "
+        "default one turn.",
+        verl="rollout.agent.default_agent_loop",
+    )
+    agent_options: dict[str, Any] = field(dict, "Keyword arguments of the agent.")
     validation: ValidationSampling = field(
         ValidationSampling, "Sampling on the validation files.", verl="rollout.val_kwargs"
     )
+
+    def context_tokens(self, prompt_tokens: int, response_tokens: int) -> int:
+        """Tokens that an engine holds of one sequence: what engineArgs says, else the longest prompt and response."""
+        return int(self.engine_args.get("max_model_len") or prompt_tokens + response_tokens)

@@ -4,16 +4,29 @@ Invariant: `grpo validate` and the API server refuse the same documents, since b
 `spec` after the schema's defaults are filled in; fields that a preset may set have no default there, hence `has()`.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from grpo_worker.config.job import Spec
+from grpo_worker.config.pod_template import forbidden_pod_settings
+from grpo_worker.config.runtime import (
+    RESERVED_MOUNT_PATHS,
+    RESERVED_VOLUME_NAMES,
+    EnvFromSource,
+    EnvVar,
+    is_reserved_mount_path,
+)
+from grpo_worker.config.scheduling import Toleration
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One contradiction. `path` is the field to change, `check` is true for a sound spec."""
+    """One contradiction. `path` is the field to change, `check` is true for a sound spec, `value` is what is shown of a bad one.
+
+    `cel` is empty where the schema below `path` says it itself (see `pod_template`).
+    """
 
     path: str
     check: Callable[[Spec], bool]
@@ -25,6 +38,80 @@ class Rule:
 
 def _both_absent(*pairs: tuple[Any, Any]) -> bool:
     return all(a is None or b is None for a, b in pairs)
+
+
+def _repeated(values: Iterable[str]) -> list[str]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _unclear_variables(spec: Spec) -> list[str]:
+    def sound(variable: EnvVar) -> bool:
+        source = variable.value_from
+        if source is None:
+            return variable.value is not None
+        return variable.value is None and (source.secret_key_ref is None) != (source.config_map_key_ref is None)
+
+    return [variable.name for variable in spec.runtime.env if not sound(variable)]
+
+
+def _unclear_sources(spec: Spec) -> list[int]:
+    def sound(source: EnvFromSource) -> bool:
+        return (source.secret_ref is None) != (source.config_map_ref is None)
+
+    return [index for index, source in enumerate(spec.runtime.env_from) if not sound(source)]
+
+
+def _volume_names(spec: Spec) -> list[str]:
+    names = [volume.name for volume in spec.runtime.volumes]
+    return [*_repeated(names), *(name for name in names if name in RESERVED_VOLUME_NAMES)]
+
+
+def _mount_paths(spec: Spec) -> list[str]:
+    paths = [volume.mount_path for volume in spec.runtime.volumes]
+    return [*_repeated(paths), *(path for path in paths if is_reserved_mount_path(path))]
+
+
+def _failure_rules(spec: Spec, *, without_criterion: bool) -> list[str]:
+    """Names (or places) of the rules that match everything, or that restart more than a rollout pod alone can."""
+    found = []
+    for index, rule in enumerate(spec.failure_policy.rules):
+        empty = not (rule.roles or rule.exit_codes or rule.pod_conditions or rule.reasons)
+        wrong_role = rule.action == "RestartPod" and set(rule.roles) != {"rollout"}
+        if empty if without_criterion else (wrong_role and not empty):
+            found.append(rule.name or f"rules[{index}]")
+    return found
+
+
+def _tolerations(spec: Spec) -> list[int]:
+    def sound(toleration: Toleration) -> bool:
+        exists = toleration.operator == "Exists"
+        return (
+            not (exists and toleration.value)
+            and (exists or toleration.key is not None)
+            and (toleration.toleration_seconds is None or toleration.effect == "NoExecute")
+        )
+
+    return [index for index, toleration in enumerate(spec.scheduling.tolerations) if not sound(toleration)]
+
+
+def _pod_settings(spec: Spec) -> list[str]:
+    templates = spec.runtime.pod_template
+    by_key = {
+        "all": templates.all,
+        "coordinator": templates.coordinator,
+        "trainer": templates.trainer,
+        "rollout": templates.rollout,
+    }
+    return [
+        f"{key}.{setting}"
+        for key, template in by_key.items()
+        if template is not None
+        for setting in forbidden_pod_settings(template.model_dump(by_alias=True, exclude_none=True))
+    ]
+
+
+def _cel_list(values: Iterable[str]) -> str:
+    return "[" + ", ".join(f"'{value}'" for value in sorted(values)) + "]"
 
 
 RULES: tuple[Rule, ...] = (
@@ -133,5 +220,92 @@ RULES: tuple[Rule, ...] = (
         "is less than three heartbeats, so one late packet would lose a process",
         "Raise it to three times network.heartbeatSeconds or more.",
         lambda s: s.network.member_timeout_seconds,
+    ),
+    Rule(
+        "rollout.maxReplicas",
+        lambda s: s.rollout.max_replicas is None or s.rollout.replicas <= s.rollout.max_replicas,
+        "!has(self.rollout.maxReplicas) || self.rollout.replicas <= self.rollout.maxReplicas",
+        "is less than rollout.replicas",
+        "Raise rollout.maxReplicas or lower rollout.replicas.",
+        lambda s: s.rollout.max_replicas,
+    ),
+    Rule(
+        "failurePolicy.rules",
+        lambda s: not _failure_rules(s, without_criterion=True),
+        "self.failurePolicy.rules.all(r, size(r.roles) + size(r.exitCodes) + size(r.podConditions) + size(r.reasons) > 0)",
+        "has a rule without any criterion, which would match every failure",
+        "Give it roles, exitCodes, podConditions or reasons; all three roles match every failure on purpose.",
+        lambda s: _failure_rules(s, without_criterion=True),
+    ),
+    Rule(
+        "failurePolicy.rules",
+        lambda s: not _failure_rules(s, without_criterion=False),
+        "self.failurePolicy.rules.all(r, r.action != 'RestartPod' || size(r.exitCodes) + size(r.podConditions) + size(r.reasons) "
+        "+ size(r.roles) == 0 || (size(r.roles) > 0 && r.roles.all(role, role == 'rollout')))",
+        "has a rule with action RestartPod that is not for roles: [rollout]: only rollout pods can be replaced alone",
+        "Set roles: [rollout], or action RestartSet or RestartJob.",
+        lambda s: _failure_rules(s, without_criterion=False),
+    ),
+    Rule(
+        "runtime.env",
+        lambda s: not _unclear_variables(s),
+        "self.runtime.env.all(v, has(v.value) != has(v.valueFrom) && "
+        "(!has(v.valueFrom) || has(v.valueFrom.secretKeyRef) != has(v.valueFrom.configMapKeyRef)))",
+        "has a variable without exactly one of value, valueFrom.secretKeyRef and valueFrom.configMapKeyRef",
+        "Keep one of them; value: '' is an empty variable.",
+        _unclear_variables,
+    ),
+    Rule(
+        "runtime.env",
+        lambda s: not _repeated(variable.name for variable in s.runtime.env),
+        "self.runtime.env.all(v, self.runtime.env.exists_one(w, w.name == v.name))",
+        "sets a variable twice",
+        "Keep one entry of each name.",
+        lambda s: _repeated(variable.name for variable in s.runtime.env),
+    ),
+    Rule(
+        "runtime.envFrom",
+        lambda s: not _unclear_sources(s),
+        "self.runtime.envFrom.all(s, has(s.secretRef) != has(s.configMapRef))",
+        "has an entry without exactly one of secretRef and configMapRef",
+        "Keep one of them in each entry.",
+        _unclear_sources,
+    ),
+    Rule(
+        "runtime.volumes",
+        lambda s: not _volume_names(s),
+        "self.runtime.volumes.all(v, self.runtime.volumes.exists_one(w, w.name == v.name) && "
+        f"!(v.name in {_cel_list(RESERVED_VOLUME_NAMES)}))",
+        "has a name twice, or one of the operator's own",
+        f"Give each volume its own name, none of {', '.join(sorted(RESERVED_VOLUME_NAMES))}.",
+        _volume_names,
+    ),
+    Rule(
+        "runtime.volumes",
+        lambda s: not _mount_paths(s),
+        "self.runtime.volumes.all(v, self.runtime.volumes.exists_one(w, w.mountPath == v.mountPath) && "
+        f"!(v.mountPath in {_cel_list(RESERVED_MOUNT_PATHS)}) && "
+        "!v.mountPath.startsWith('/etc/grpo/') && !v.mountPath.startsWith('/dev/shm/'))",
+        "has a mountPath twice, or one of the operator's own",
+        f"Mount each at its own path, e.g. /data; none of {', '.join(sorted(RESERVED_MOUNT_PATHS))}.",
+        _mount_paths,
+    ),
+    Rule(
+        "runtime.podTemplate",
+        lambda s: not _pod_settings(s),
+        "",
+        "sets what would reach outside the pod (host paths, host namespaces, privilege) or what the operator owns",
+        "Leave it out; volumes come from claims (runtime.volumes), devices from resources.",
+        _pod_settings,
+    ),
+    Rule(
+        "scheduling.tolerations",
+        lambda s: not _tolerations(s),
+        "self.scheduling.tolerations.all(t, "
+        "(has(t.operator) && t.operator == 'Exists' ? !has(t.value) || t.value == '' : has(t.key)) && "
+        "(!has(t.tolerationSeconds) || (has(t.effect) && t.effect == 'NoExecute')))",
+        "has an entry that Kubernetes refuses",
+        "operator Exists takes no value; a missing key needs operator Exists; tolerationSeconds needs effect NoExecute.",
+        _tolerations,
     ),
 )

@@ -1,8 +1,13 @@
-"""`spec.trainer`, `checkpoint`, `failurePolicy`, `runtime`, `network`: how the run is laid out, kept and restarted."""
+"""`spec.trainer`, `checkpoint`, `failurePolicy`, `network`: how the run is laid out, kept and restarted."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from grpo_worker.config.base import Section, field
+from pydantic import Field
+
+from grpo_worker.config.base import Role, Section, field
+
+ExitCode = Annotated[int, Field(ge=1, le=255)]
+Word = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Trainer(Section):
@@ -70,6 +75,30 @@ class Checkpoint(Section):
     )
 
 
+class FailureRule(Section):
+    """Says what follows when a pod ends badly. An empty list of a criterion matches everything; all criteria have to match."""
+
+    name: str | None = field(None, "Name in messages and in the status.", min_length=1, max_length=63)
+    roles: list[Role] = field(list, "Roles of the pod.", max_length=3)
+    exit_codes: list[ExitCode] = field(
+        list, "Exit codes of the container, e.g. 137; operations.md lists ours.", max_length=32
+    )
+    pod_conditions: list[Word] = field(
+        list,
+        "Types of pod conditions that are True, e.g. DisruptionTarget (preempted, evicted, drained).",
+        max_length=16,
+    )
+    reasons: list[Word] = field(
+        list, "Reasons: of the process's last word, or of Kubernetes, e.g. OOMKilled, Evicted, NodeLost.", max_length=32
+    )
+    action: Literal["RestartPod", "RestartSet", "RestartJob", "FailJob"] = field(
+        ...,
+        "RestartPod replaces a rollout pod alone; RestartSet restarts coordinator and trainers from the last checkpoint and "
+        "keeps the engines; RestartJob restarts all pods; FailJob ends the job.",
+    )
+    count: bool = field(True, "Whether a restart counts against maxRestarts.")
+
+
 class FailurePolicy(Section):
     """What a supervisor does when a process dies."""
 
@@ -81,23 +110,25 @@ class FailurePolicy(Section):
         3600.0, "A job without a finished step for so long is restarted.", unit="seconds", gt=0
     )
     startup_timeout_seconds: float = field(1800.0, "Limit until trainer and engines are ready.", unit="seconds", gt=0)
-
-
-class EnvVar(Section):
-    """One environment variable."""
-
-    name: str = field(..., "Name.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    value: str = field("", "Value.")
-
-
-class Runtime(Section):
-    """The machine that processes run on."""
-
-    device: Literal["auto", "cpu", "cuda"] = field("auto", "auto is cuda where there is a GPU.", verl="trainer.device")
-    cpu_threads: int | None = field(
-        None, "Threads of each process on CPU; default the machine's cores over its processes.", unit="threads", ge=1
+    rules: list[FailureRule] = field(
+        list,
+        "What follows which failure; the first rule that matches wins, before the defaults in operations.md.",
+        cluster=True,
+        max_length=32,
     )
-    env: list[EnvVar] = field(list, "Environment of every process of the job.", verl="ray_kwargs.ray_init.runtime_env")
+
+
+class RDMA(Section):
+    """RDMA devices of trainer and rollout pods."""
+
+    resource: str = field(
+        ...,
+        "Extended resource of the device plug-in, e.g. rdma/hca_shared_devices_a.",
+        min_length=1,
+        max_length=253,
+        pattern=r"^[A-Za-z0-9.-]+/[A-Za-z0-9_.-]+$",
+    )
+    count: int = field(1, "Devices of each pod.", unit="devices", ge=1)
 
 
 class Network(Section):
@@ -119,3 +150,12 @@ class Network(Section):
     weight_sync_timeout_seconds: float = field(300.0, "Limit of one weight sync to one engine.", unit="seconds", gt=0)
     weight_sync_streams: int = field(4, "TCP streams of one pull.", ge=1, le=64)
     request_timeout_seconds: float = field(3600.0, "Limit of one operation of the trainer.", unit="seconds", gt=0)
+    socket_interface: str | None = field(
+        None,
+        "Network interface of NCCL and Gloo (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), e.g. eth0; default their own choice.",
+        min_length=1,
+        max_length=64,
+    )
+    rdma: RDMA | None = field(
+        None, "RDMA devices that trainer and rollout pods ask for; adds the IPC_LOCK capability.", cluster=True
+    )

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
@@ -40,6 +41,36 @@ class DispatchOptions:
     max_attempts: int
     max_num_seqs: int  # of one engine; bounds the prompts that it is sent ahead of need
     no_engine_timeout_seconds: float
+
+
+class RolloutDispatcher(Protocol):
+    """The rollout node of the pipeline: groups of prompts in, groups of samples out."""
+
+    redispatched: int  # prompts, or turns, that were asked for once more
+
+    def submit(self, groups: Sequence[Group], *, atomic: bool) -> None: ...
+    @property
+    def idle(self) -> bool: ...
+    async def run(self, *, until_idle: bool = False) -> None: ...
+
+
+class ServiceLimit:
+    """How long prompts may wait without any engine in service."""
+
+    def __init__(self, weights: WeightSync, limit_seconds: float) -> None:
+        self._weights = weights
+        self._limit_seconds = limit_seconds
+        self._served = time.monotonic()
+
+    def check(self, waiting: int) -> None:
+        """To be called now and then with the number of prompts that wait. Raises PeerLostError."""
+        now = time.monotonic()
+        if not waiting or self._weights.in_service():
+            self._served = now
+        elif now - self._served > self._limit_seconds:
+            raise PeerLostError(
+                f"no rollout server was in service for {self._limit_seconds:.0f} s while {waiting} prompts waited. See the rollout logs."
+            )
 
 
 @dataclass
@@ -74,7 +105,7 @@ class Dispatcher:
         self._flights: list[_Flight] = []
         self._wake = asyncio.Event()
         self._atomic = False
-        self._served = time.monotonic()
+        self._service = ServiceLimit(weights, options.no_engine_timeout_seconds)
         self._requests = 0
         self.generated_tokens = 0
         self.redispatched = 0
@@ -97,7 +128,7 @@ class Dispatcher:
                 self._wake.clear()
                 self._land()
                 self._launch()
-                self._check_service()
+                self._service.check(0 if self._flights else len(self._queue))
                 if until_idle and self.idle:
                     return
                 try:
@@ -213,13 +244,3 @@ class Dispatcher:
             return
         self.redispatched += 1
         self._queue.appendleft(group)
-
-    def _check_service(self) -> None:
-        now = time.monotonic()
-        if not self._queue or self._flights or self._weights.in_service():
-            self._served = now
-        elif now - self._served > self._options.no_engine_timeout_seconds:
-            raise PeerLostError(
-                f"no rollout server was in service for {self._options.no_engine_timeout_seconds:.0f} s while {len(self._queue)} prompts "
-                "waited. See the rollout logs."
-            )

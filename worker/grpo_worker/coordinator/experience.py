@@ -37,7 +37,8 @@ class Experience:
     """One step's sequences.
 
     prompt_lengths, response_lengths, group_ids, scores, accuracies `[sequences]` (accuracy NaN where the reward function gives none);
-    token_ids `[all tokens]`; rollout_log_probs, seq_ids `[response tokens]`; mini_batch_sequences: sequences of each optimizer step.
+    token_ids `[all tokens]`; rollout_log_probs, seq_ids, mask `[response tokens]`; mask is False at tokens that an agent observed: no
+    formula counts them, though the log-probs of later tokens depend on them. turns `[sequences]`; mini_batch_sequences: sequences of each optimizer step.
     """
 
     prompt_lengths: Tensor
@@ -45,19 +46,16 @@ class Experience:
     token_ids: np.ndarray
     rollout_log_probs: Tensor
     seq_ids: Tensor
+    mask: Tensor
     group_ids: Tensor
     scores: Tensor
     accuracies: Tensor
+    turns: Tensor
     mini_batch_sequences: list[int]
 
     @property
     def sequences(self) -> int:
         return self.response_lengths.numel()
-
-    @property
-    def mask(self) -> Tensor:
-        """All response tokens count until the correction rejects some: bool `[response tokens]`."""
-        return torch.ones(self.seq_ids.numel(), dtype=torch.bool)
 
     def wire(self) -> TrainBatch:
         """What `compute_log_probs` needs."""
@@ -65,6 +63,7 @@ class Experience:
             prompt_lengths=Array.of(self.prompt_lengths.numpy(), "int32"),
             response_lengths=Array.of(self.response_lengths.numpy(), "int32"),
             token_ids=Array.of(self.token_ids, "int32"),
+            response_mask=Array.of(self.mask.to(torch.uint8).numpy(), "uint8"),
             mini_batch_sequences=self.mini_batch_sequences,
         )
 
@@ -89,9 +88,11 @@ def assemble(groups: Sequence[Group], groups_per_mini_batch: int) -> Experience:
         token_ids=np.concatenate(parts),
         rollout_log_probs=torch.from_numpy(np.concatenate([sample.log_probs for _, _, sample in samples])),
         seq_ids=torch.repeat_interleave(torch.arange(len(samples)), lengths),
+        mask=torch.from_numpy(np.concatenate([sample.sampled for _, _, sample in samples])),
         group_ids=torch.tensor([index for index, _, _ in samples]),
         scores=torch.tensor([r.score for r in rewards if r is not None], dtype=torch.float32),
         accuracies=torch.tensor(accuracies, dtype=torch.float32),
+        turns=torch.tensor([sample.turns for _, _, sample in samples]),
         mini_batch_sequences=[
             sum(len(group.samples) for group in groups[start : start + groups_per_mini_batch])
             for start in range(0, len(groups), groups_per_mini_batch)

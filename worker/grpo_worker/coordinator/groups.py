@@ -32,6 +32,15 @@ class Sample:
     versions: list[VersionSpan]
     text: str = ""
     reward: RewardResult | None = None
+    mask: np.ndarray | None = (
+        None  # bool [response tokens], False where an agent observed; None: the engine sampled all
+    )
+    turns: int = 0  # of an agent's episode; 0: no agent
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """The tokens that the policy chose: bool `[response tokens]`."""
+        return np.ones(len(self.token_ids), dtype=bool) if self.mask is None else self.mask
 
     @property
     def oldest_version(self) -> int:

@@ -10,14 +10,14 @@ Invariants:
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo_worker.algorithms import AdvantageEstimator, KLController
 from grpo_worker.config import Spec
-from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions
+from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher
 from grpo_worker.coordinator.experience import Judged, assemble, judge
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.coordinator.progress import Progress
@@ -39,6 +39,8 @@ from grpo_worker.environment import DEVICE_COUNT
 from grpo_worker.errors import DataError, StalledError, YieldedError
 from grpo_worker.metric_loggers import MetricLoggers
 from grpo_worker.protocol.messages import LogProbsReply, LogProbsRequest, UpdateReply, UpdateRequest
+
+Result = TypeVar("Result")
 
 
 class Timer:
@@ -66,7 +68,7 @@ class Parts:
 
     dataset: BlockDataset
     schedule: Schedule
-    make_dispatcher: Callable[[DispatchOptions, Callable[[Group], None]], Dispatcher]
+    make_dispatcher: Callable[[DispatchOptions, Callable[[Group], None]], RolloutDispatcher]
     dispatch_options: DispatchOptions
     scorer: Scorer
     estimator: AdvantageEstimator
@@ -95,14 +97,16 @@ class TrainingLoop:
         self._group_ended = asyncio.Event()
         self._generated_at = time.monotonic()
         self._stop_reason = ""
+        self._stopped = asyncio.Event()
         self._published = False
         self._redispatched = 0
         self._metrics: dict[str, float] = {}  # of the last step
         self._validated_step = -1
 
     def stop(self, reason: str) -> None:
-        """End after the step under way, saving first."""
+        """End after the step under way, saving first; what is no part of a step is broken off."""
         self._stop_reason = self._stop_reason or reason
+        self._stopped.set()
         self._group_ended.set()
 
     def _on_generated(self, group: Group) -> None:
@@ -252,7 +256,7 @@ class TrainingLoop:
         report = await parts.weights.publish(self._step)
         # All of them before the first step of this life: an on-policy step is split over the engines in service. Later, those that live.
         count = 1 if self._published else spec.rollout.min_replicas or spec.rollout.replicas
-        await parts.weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds)
+        await self._unless_stopped(parts.weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds))
         self._published = True
         return report
 
@@ -262,7 +266,9 @@ class TrainingLoop:
             return {}
         parts.progress.set("Validating", f"{parts.validation.prompts} prompts after step {step}")
         self._validated_step = step
-        result = await parts.validation.run(parts.make_dispatcher, parts.scorer)
+        result = await self._unless_stopped(parts.validation.run(parts.make_dispatcher, parts.scorer))
+        if result is None:
+            return {}
         parts.progress.validated(result.metrics)
         parts.emit(
             "info",
@@ -273,6 +279,19 @@ class TrainingLoop:
             for sample in group.samples:
                 parts.samples.write(step, _sample_record("validation", group, sample.text, sample.reward))
         return result.metrics
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, Result]) -> Result | None:
+        """The result of `work`; None when a stop request comes first. Nothing of the finished run's last step is broken off."""
+        if self._step >= self._total_steps:
+            return await work
+        tasks = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return tasks[0].result() if tasks[0].done() else None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _save(self) -> None:
         parts = self._parts

@@ -18,8 +18,12 @@ import aiohttp
 from grpo_worker.algorithms import ESTIMATORS, make_kl_controller
 from grpo_worker.concurrency import first_to_end
 from grpo_worker.config import GRPOJob, resolved_document
+from grpo_worker.config.actor import check_decay
+from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup
+from grpo_worker.coordinator.agents.load import Agent, load_agent
+from grpo_worker.coordinator.agents.thread import AgentRuntime
 from grpo_worker.coordinator.app import make_app, serve
-from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions
+from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions, RolloutDispatcher
 from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.coordinator.loop import Parts, TrainingLoop
@@ -130,10 +134,13 @@ class Coordinator:
             self._trainer,
             events.emit,
             progress.saved,
+            progress.kept,
         )
         saver.prepare((parameter_count(spec.model.path) or 0) * CHECKPOINT_BYTES_PER_PARAMETER)
         name = spec.algorithm.advantage_estimator
         estimator = ESTIMATORS[name] if name in ESTIMATORS else load_function(name, "algorithm.advantageEstimator")
+        rollout = spec.rollout
+        agent = load_agent(rollout.agent, rollout.agent_options) if rollout.agent else None
         progress.set("Starting", "reading the data")
         tokenizer = await asyncio.to_thread(load_tokenizer, spec.model.path, spec.model.revision)
         for note in tokenizer.notes:
@@ -145,6 +152,11 @@ class Coordinator:
             "DataLoaded",
             f"Data: {report.kept} prompts, {report.dropped_overlong} over data.maxPromptLength left out",
         )
+        total = _total_steps(
+            spec.trainer.total_steps, report.kept * spec.trainer.total_epochs // spec.data.train_batch_size
+        )
+        optim, updates_per_step = spec.actor.optim, spec.actor.updates_per_step(spec.data.train_batch_size)
+        check_decay(optim.lr_scheduler, optim.lr_warmup_steps, total * updates_per_step)
         validation_prompts = await asyncio.to_thread(open_validation_prompts, spec, tokenizer.tokenizer)
         pool = RewardPool(
             spec.reward.function,
@@ -181,9 +193,6 @@ class Coordinator:
                 progress.saved(saver.last)
             events.emit("info", "Resumed", f"Resuming from {point.path.name} at step {step}")
         keep = step if step > 0 else -1
-        total = _total_steps(
-            spec.trainer.total_steps, report.kept * spec.trainer.total_epochs // spec.data.train_batch_size
-        )
         loggers = open_loggers(
             spec.trainer.loggers,
             self._directory.root,
@@ -223,7 +232,7 @@ class Coordinator:
         parts = Parts(
             dataset=data,
             schedule=schedule,
-            make_dispatcher=self._make_dispatcher,
+            make_dispatcher=self._dispatchers(await self._agent_setup(agent, tokenizer, stack)),
             dispatch_options=options,
             scorer=scorer,
             estimator=estimator,
@@ -240,10 +249,32 @@ class Coordinator:
         )
         return TrainingLoop(spec, parts, step, total)
 
-    def _make_dispatcher(self, options: DispatchOptions, on_done: Callable[[Group], None]) -> Dispatcher:
-        return Dispatcher(
-            EngineClient(self._session, self._token), self._members, self._weights, self._events.emit, options, on_done
-        )
+    async def _agent_setup(
+        self, agent: Agent | None, tokenizer: TokenizerInfo, stack: contextlib.AsyncExitStack
+    ) -> AgentSetup | None:
+        """What rollouts by `rollout.agent` need; None without one."""
+        rollout, data = self._spec.rollout, self._spec.data
+        if agent is None or rollout.agent is None:
+            return None
+        runtime = await asyncio.to_thread(AgentRuntime, tokenizer.tokenizer)
+        stack.callback(runtime.close)
+        limit = rollout.context_tokens(data.max_prompt_length, data.max_response_length)
+        return AgentSetup(rollout.agent, agent, runtime, limit)
+
+    def _dispatchers(
+        self, setup: AgentSetup | None
+    ) -> Callable[[DispatchOptions, Callable[[Group], None]], RolloutDispatcher]:
+        """How dispatchers are made: for single turns, or for agents."""
+        engines, members, weights, emit = (
+            EngineClient(self._session, self._token), self._members, self._weights, self._events.emit
+        )  # fmt: skip
+
+        def make(options: DispatchOptions, on_done: Callable[[Group], None]) -> RolloutDispatcher:
+            if setup is None:
+                return Dispatcher(engines, members, weights, emit, options, on_done)
+            return AgentDispatcher(engines, members, weights, emit, options, setup, on_done)
+
+        return make
 
     def _dispatch_options(self, tokenizer: TokenizerInfo) -> DispatchOptions:
         rollout = self._spec.rollout
@@ -267,6 +298,10 @@ class Coordinator:
     def _reply(self, beat: Heartbeat) -> HeartbeatReply:
         if self._stopping:
             self._told.add(beat.name)
+        elif (
+            beat.terminating and beat.role == "trainer" and not self._stop_reason
+        ):  # an eviction: what it holds is saved while it still lives
+            self._stop(f"{beat.terminating} is being terminated")
         return HeartbeatReply(
             incarnation=self._incarnation,
             policy_version=self._weights.version,
@@ -285,11 +320,11 @@ class Coordinator:
     async def _say_farewell(self) -> None:
         """Tell every living process, with the answer to its next heartbeat, that the run is over."""
         self._stopping = True
-        await self._trainer.stop()
+        if stopped := await self._trainer.stop():
+            self._told.add(stopped)
         limit = time.monotonic() + 3 * self._spec.network.heartbeat_seconds + 1.0
         while time.monotonic() < limit:
-            left = [member for member in self._members.alive("rollout") if member.name not in self._told]
-            if not left:
+            if all(member.name in self._told for member in self._members.present()):
                 return
             await asyncio.sleep(0.05)
 

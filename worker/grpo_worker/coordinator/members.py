@@ -56,6 +56,10 @@ class Members:
         """Members of `role` that are ready and not silent, by name."""
         return [m for m in self._of(role) if m.beat.state == "ready" and not m.suspect and not self._silent(m)]
 
+    def present(self) -> list[Member]:
+        """Members that are not silent and have not failed, ready or still starting, by name."""
+        return [m for m in self.all() if m.beat.state != "failed" and not m.suspect and not self._silent(m)]
+
     def all(self) -> Iterable[Member]:
         return [self._members[name] for name in sorted(self._members)]
 

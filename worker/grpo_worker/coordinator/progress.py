@@ -4,7 +4,7 @@ Invariant: `/status` is complete at any time and says only what happened; a step
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -61,6 +61,7 @@ class Progress:
         self.epoch = 0.0
         self.accuracy: float | None = None
         self.checkpoint: Saved | None = None
+        self._kept: tuple[Saved, ...] = ()
         self._metrics: dict[str, float] = {}
         self._step_seconds: list[float] = []
         self._started = self._last_progress = time.time()
@@ -101,6 +102,10 @@ class Progress:
         self._gauge_saved.set(saved.step)
         self._gauge_saved_time.set(saved.time)
 
+    def kept(self, checkpoints: Sequence[Saved]) -> None:
+        """These complete checkpoints exist, the newest first."""
+        self._kept = tuple(checkpoints)
+
     def failed_samples(self, kinds: Mapping[str, int]) -> None:
         for kind, number in kinds.items():
             self._count_failures.labels(kind=kind).inc(number)
@@ -133,7 +138,8 @@ class Progress:
             "tokens_per_second": metrics.get("perf/throughput"),
             "timing_seconds": timing,
             "staleness": {"mean": metrics.get(f"{PREFIX}/mean"), "max": metrics.get(f"{PREFIX}/max")},
-            "checkpoint": {"step": c.step, "path": str(c.path), "time": c.time} if (c := self.checkpoint) else None,
+            "checkpoint": _checkpoint(self.checkpoint) if self.checkpoint else None,
+            "checkpoints": [_checkpoint(saved) for saved in self._kept],
             "members": [
                 {
                     "role": member.beat.role,
@@ -204,3 +210,7 @@ class Progress:
         Gauge(
             "grpo_coordinator_rollouts_in_service", "Rollout servers that serve the current version.", registry=registry
         ).set_function(lambda: float(len(self._weights.in_service())))
+
+
+def _checkpoint(saved: Saved) -> dict[str, Any]:
+    return {"step": saved.step, "path": str(saved.path), "time": saved.time}

@@ -7,7 +7,7 @@ not stop the run, except when the run's last save fails.
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from grpo_worker.checkpoint import (
     CheckpointTransaction,
     ResumePoint,
     find_resume,
+    list_checkpoints,
     preflight,
     prune,
+    read_manifest,
     remove_leftovers,
     storage_errors,
 )
@@ -47,17 +49,36 @@ class Saved:
     seconds: float
 
 
+def complete_checkpoints(root: Path) -> list[Saved]:
+    """What is on disk with a readable manifest, saved last first; contents are not verified here."""
+    found = []
+    for path in list_checkpoints(root):
+        try:
+            manifest = read_manifest(path)
+        except GRPOError:
+            continue  # damaged, or removed meanwhile: a resume would say so
+        found.append((manifest.sequence, Saved(manifest.step, path, manifest.time, 0.0)))
+    return [saved for _, saved in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
 class Saver:
     """Saves in the background, one at a time; `last` is the newest complete checkpoint."""
 
     def __init__(
-        self, root: Path, keep_last: int, trainer: TrainerClient, emit: Emit, on_saved: Callable[[Saved], None]
+        self,
+        root: Path,
+        keep_last: int,
+        trainer: TrainerClient,
+        emit: Emit,
+        on_saved: Callable[[Saved], None],
+        on_kept: Callable[[Sequence[Saved]], None] = lambda checkpoints: None,
     ) -> None:
         self._root = root
         self._keep_last = keep_last
         self._trainer = trainer
         self._emit = emit
         self._on_saved = on_saved
+        self._on_kept = on_kept
         self._running: asyncio.Task[None] | None = None
         self._failure: GRPOError | None = None
         self.last: Saved | None = None
@@ -68,6 +89,7 @@ class Saver:
         preflight(self._root, needed_bytes)
         for name in remove_leftovers(self._root):
             self._emit("info", "CheckpointLeftover", f"removed {name}, which a killed save had left")
+        self._on_kept(complete_checkpoints(self._root))
 
     async def resume(self, mode: str) -> tuple[ResumePoint, dict[str, Any]] | None:
         """Load the checkpoint that `checkpoint.resume` names into the trainer; None to start at step 0.
@@ -159,6 +181,7 @@ class Saver:
             await asyncio.to_thread(prune, self._root, self._keep_last)
         except GRPOError as error:
             self._emit("warning", "CheckpointPruneFailed", f"old checkpoints could not be removed: {error}")
+        self._on_kept(await asyncio.to_thread(complete_checkpoints, self._root))
 
     async def _written(self) -> SaveStatusReply:
         while True:

@@ -28,9 +28,22 @@ def experience_metrics(judged: Judged, max_response_tokens: int) -> dict[str, fl
         **_summary("prompt_length", experience.prompt_lengths.float()),
         "response_length/clip_ratio": float((experience.response_lengths >= max_response_tokens).float().mean()),
     }
+    metrics |= agent_metrics(experience)
     if bool((known := ~experience.accuracies.isnan()).any()):
         metrics["critic/accuracy/mean"] = float(experience.accuracies[known].mean())
     return metrics | judged.metrics
+
+
+def agent_metrics(experience: Experience) -> dict[str, float]:
+    """Turns, and the two kinds of response tokens, where an agent made the samples."""
+    if not bool(experience.turns.any()):
+        return {}
+    sampled = torch.zeros(experience.sequences).index_add(0, experience.seq_ids, experience.mask.float())
+    return {
+        **_summary("agent/turns", experience.turns.float()),
+        **_summary("agent/sampled_tokens", sampled),
+        **_summary("agent/observed_tokens", experience.response_lengths.float() - sampled),
+    }
 
 
 def group_metrics(batch: Batch, version: int) -> dict[str, float]:
@@ -65,8 +78,8 @@ def performance_metrics(experience: Experience, timing: Mapping[str, float], gpu
     tokens = int(experience.prompt_lengths.sum() + experience.response_lengths.sum())
     seconds = timing["step"]
     metrics = {f"timing_s/{part}": value for part, value in timing.items()}
-    response_tokens = int(experience.response_lengths.sum())
-    for part, count in (("gen", response_tokens), ("update_actor", tokens), ("old_log_prob", tokens)):
+    sampled_tokens = int(experience.mask.sum())
+    for part, count in (("gen", sampled_tokens), ("update_actor", tokens), ("old_log_prob", tokens)):
         if part in timing and count:
             metrics[f"timing_per_token_ms/{part}"] = timing[part] * 1000 / count
     return metrics | {

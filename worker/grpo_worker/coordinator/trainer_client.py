@@ -66,14 +66,15 @@ class TrainerClient:
         async with self._lock:
             return await self._call(request, reply, timeout_seconds or self._timeout_seconds)
 
-    async def stop(self) -> None:
-        """Ask the trainer to end; it may be gone already."""
+    async def stop(self) -> str:
+        """Ask the trainer to end; its name when it has heard. It may be gone already, or still be loading."""
         if self._member is None:
-            return
+            return ""
         try:
             await self._post(self._member, StopRequest(), 10.0)
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return
+            return ""
+        return self._member.name
 
     async def _call(self, request: Any, reply: type[Reply], timeout_seconds: float) -> Reply:
         member = self._member

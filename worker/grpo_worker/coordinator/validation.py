@@ -8,14 +8,14 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions
+from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.coordinator.scoring import FailureCount, Scorer
 from grpo_worker.data.dataset import Prompt
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import Sampling
 
-MakeDispatcher = Callable[[DispatchOptions, Callable[[Group], None]], Dispatcher]
+MakeDispatcher = Callable[[DispatchOptions, Callable[[Group], None]], RolloutDispatcher]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What is done when a process of a job ends: a pure decision from exit codes.
 
-Invariant: the local supervisor takes the same decisions as the operator. A rollout server is replaced alone; the coordinator and the
+Invariant: the local supervisor takes the same decisions as the operator (`grpo_worker.exit_policy` is their table). A rollout server is replaced alone; the coordinator and the
 trainer hold one state and restart together, from the last checkpoint, while rollout servers stay warm; data and configuration errors
 end the job at once, since a restart cannot mend them.
 """
@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from grpo_worker.errors import ExitCode
+from grpo_worker.exit_policy import UNCOUNTED_LIMIT, Verdict, backoff_seconds, explanation_rank, verdict
 
-FINAL = frozenset({ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.CHECKPOINT_DAMAGED})
-UNCOUNTED_LIMIT = 20  # restarts that do not count are bounded all the same
-LONGEST_BACKOFF_SECONDS = 60.0
+FREE = frozenset({Verdict.RESTART_FREE, Verdict.YIELD})
 
 
 class Action(StrEnum):
@@ -50,8 +48,7 @@ class Budget:
             self.uncounted += 1
         if self.counted > self.max_restarts or self.uncounted > UNCOUNTED_LIMIT:
             return None
-        exponent = self.counted + self.uncounted - 1
-        return float(min(self.backoff_seconds * 2**exponent, LONGEST_BACKOFF_SECONDS))
+        return backoff_seconds(self.backoff_seconds, self.counted + self.uncounted)
 
     def progressed(self) -> None:
         self.counted = self.uncounted = 0
@@ -62,18 +59,14 @@ def decide(ended: Mapping[str, int]) -> Decision:
 
     Negative codes are signals, as subprocess gives them.
     """
-    if (code := ended.get("coordinator")) in (ExitCode.DONE, ExitCode.YIELDED):
-        return Decision(Action.SUCCEED if code == ExitCode.DONE else Action.YIELD, "coordinator")
-    for name, code in ended.items():
-        if code in FINAL:
+    verdicts = {name: verdict(code) for name, code in ended.items()}
+    if verdicts.get("coordinator") in (Verdict.DONE, Verdict.YIELD):
+        return Decision(Action.SUCCEED if verdicts["coordinator"] is Verdict.DONE else Action.YIELD, "coordinator")
+    for name, wanted in verdicts.items():
+        if wanted is Verdict.FAIL:
             return Decision(Action.FAIL, name)
     state_holders = {name: code for name, code in ended.items() if not name.startswith("rollout")}
-    if not state_holders:
-        name, code = next(iter(ended.items()))
-        return Decision(Action.RESTART_ROLLOUT, name, counted=code != ExitCode.RETRY)
-    # A coordinator that lost its trainer (or the other way round) ends with RETRY: the other one's code tells why.
-    culprit = next(
-        (name for name, code in state_holders.items() if code not in (ExitCode.RETRY, ExitCode.DONE)),
-        next(iter(state_holders)),
-    )
-    return Decision(Action.RESTART_SET, culprit, counted=state_holders[culprit] != ExitCode.RETRY)
+    # A coordinator that lost its trainer (or the other way round) ends because of it: the other one's code tells why.
+    culprit = min(state_holders or list(ended)[:1], key=lambda name: explanation_rank(ended[name]))
+    action = Action.RESTART_SET if state_holders else Action.RESTART_ROLLOUT
+    return Decision(action, culprit, counted=verdicts[culprit] not in FREE)

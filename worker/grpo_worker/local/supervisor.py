@@ -16,9 +16,9 @@ import urllib.request
 from contextlib import ExitStack
 from typing import Any
 
-import yaml
-
 from grpo_worker.config import GRPOJob, resolved_document
+from grpo_worker.config.cluster import cluster_only_fields
+from grpo_worker.config.yaml_text import yaml_text
 from grpo_worker.environment import (
     COORDINATOR_PORT,
     COORDINATOR_URL,
@@ -45,6 +45,7 @@ from grpo_worker.errors import (
 from grpo_worker.local.child import Child, ChildSpec
 from grpo_worker.local.placement import Machine, Process, device_count, free_port, place, require_free
 from grpo_worker.local.policy import Action, Budget, Decision, decide
+from grpo_worker.local.variables import document_variables
 from grpo_worker.local.view import View
 from grpo_worker.metric_loggers import EventLog, read_events
 from grpo_worker.protocol.auth import authorization
@@ -115,9 +116,9 @@ class Supervisor:
             require_free(network.rollout_port + index, "rolloutPort")
         port = network.coordinator_port or free_port()
         self._url = f"http://127.0.0.1:{port}"
-        self._directory.job.write_text(yaml.safe_dump(resolved_document(self._job), sort_keys=False))
+        self._directory.job.write_text(yaml_text(resolved_document(self._job)))
         self._common = {
-            **{variable.name: variable.value for variable in self._spec.runtime.env},
+            **document_variables(self._spec, os.environ),
             RUN_DIRECTORY: str(root),
             JOB_TOKEN: self._token,
             COORDINATOR_URL: self._url,
@@ -132,6 +133,8 @@ class Supervisor:
             json.dumps({"name": self._job.name, "url": self._url, "pid": os.getpid(), "started": time.time()})
         )
         self._directory.run_file.chmod(0o600)
+        if aside := cluster_only_fields(self._spec):
+            self._events.emit("info", "LeftAside", f"Left aside, for a cluster only: {', '.join(aside)}")
 
     def _exclusive(self) -> Any:
         """The run directory's lock, held until the end. Raises ConfigError when another run has it."""

@@ -126,9 +126,8 @@ class LiveView:
         if step is not None and reward is not None:
             # After a restart from a checkpoint, later steps are trained again.
             self._rewards = {known: value for known, value in self._rewards.items() if known < step} | {step: reward}
-        if self._first_accuracy is None:
-            initial = _number(status, "initial_accuracy")
-            self._first_accuracy = initial if initial is not None else _number(status, "accuracy")
+        if self._first_accuracy is None and step == 0:  # later, the accuracy at the start is not known any more
+            self._first_accuracy = _number(status, "accuracy")
 
     def _render(self) -> RenderableType:
         return render(

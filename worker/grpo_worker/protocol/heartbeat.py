@@ -63,6 +63,13 @@ class HeartbeatClient:
                 except TimeoutError:
                     continue
 
+    async def say(self, timeout_seconds: float) -> None:
+        """One more beat, after `run` was cancelled: the last word of a worker that leaves. Nobody may hear it."""
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=timeout_seconds), headers=self._headers
+        ) as session:
+            await self._post(session)
+
     async def _post(self, session: aiohttp.ClientSession) -> None:
         try:
             async with session.post(self.url, data=codec.encode(self._beat())) as response:

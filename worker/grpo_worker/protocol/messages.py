@@ -41,6 +41,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: int | None = None  # the version that the engine serves; None before the first sync
     weight_digest: str | None = None
     message: str = ""
+    terminating: str = ""  # the process (of any rank) that got SIGTERM while the job goes on
     stats: dict[str, float] = {}  # e.g. running, waiting, kv_cache_usage, generated_tokens_total, memory_bytes
 
 

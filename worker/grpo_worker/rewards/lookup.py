@@ -6,12 +6,12 @@ with what was looked up, where, and what is there instead.
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from grpo_worker.errors import DataError
-from grpo_worker.functions import did_you_mean, load_function
+from grpo_worker.functions import check_signature, did_you_mean, load_function
 from grpo_worker.rewards.base import RewardFunction, RewardInput, RewardResult, as_result
 
 # name in the document -> module, function. Imported on use: math needs sympy, reasoningGym a hundred task modules.
@@ -87,7 +87,7 @@ def _bind(function: Callable[..., object], options: dict[str, Any], name: str) -
     if {"solution_str", "ground_truth"} <= parameters.keys():
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         passed = tuple(key for key in VERL_ARGUMENTS if takes_any or key in parameters)
-        _check_signature(signature, (), dict.fromkeys(passed), options, name)
+        _check_signature(signature, 0, passed, options, name)
 
         def call_as_verl(sample: RewardInput) -> RewardResult:
             arguments = {
@@ -99,35 +99,19 @@ def _bind(function: Callable[..., object], options: dict[str, Any], name: str) -
             return as_result(function(**{key: arguments[key] for key in passed}, **options))
 
         return call_as_verl
-    _check_signature(signature, (None,), {}, options, name)
+    _check_signature(signature, 1, (), options, name)
     return lambda sample: as_result(function(sample, **options))
 
 
 def _check_signature(
-    signature: inspect.Signature,
-    positional: tuple[None, ...],
-    keywords: dict[str, None],
-    options: dict[str, Any],
-    name: str,
+    signature: inspect.Signature, positional: int, keywords: Sequence[str], options: Mapping[str, Any], name: str
 ) -> None:
-    free = [
-        parameter.name
-        for parameter in list(signature.parameters.values())[len(positional) :]
-        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        and parameter.name not in keywords
-    ]
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    for option in options:
-        if option in keywords or (option not in free and not takes_any):
-            raise DataError(
-                f"reward.options.{option}: {name!r} takes no such option (options: {', '.join(free) or 'none'})."
-                f"{did_you_mean(option, free)}"
-            )
-    try:
-        signature.bind(*positional, **keywords, **options)
-    except TypeError as error:
-        raise DataError(
-            f"reward.function: {name!r} has the signature {signature}, which cannot be called ({error})."
-            f" Write (sample: RewardInput) or verl's ({', '.join(VERL_ARGUMENTS)});"
-            " further parameters need a default or an entry in reward.options."
-        ) from error
+    check_signature(
+        signature,
+        positional,
+        keywords,
+        options,
+        name=name,
+        fields=("reward.function", "reward.options"),
+        advice=f"Write (sample: RewardInput) or verl's ({', '.join(VERL_ARGUMENTS)});",
+    )

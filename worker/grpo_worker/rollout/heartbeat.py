@@ -15,6 +15,8 @@ from grpo_worker.protocol.heartbeat import HeartbeatClient
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 from grpo_worker.rollout.engine import RolloutEngine
 
+FAREWELL_SECONDS = 2.0
+
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +64,7 @@ class Membership:
         self._options, self._engine = options, engine
         self.state: Literal["starting", "ready", "failed"] = "starting"
         self._incarnation: str | None = None
+        self._leaving = False
         self._stopped = asyncio.Event()
         self._client = HeartbeatClient(
             options.coordinator_url, options.token, options.heartbeat_seconds, self._beat, self._learn
@@ -100,6 +103,12 @@ class Membership:
             beating.cancel()
             stopped.cancel()
 
+    async def leave(self) -> None:
+        """Tell the coordinator that this process was told to end, so that it sends nothing more here."""
+        if not self._stopped.is_set():
+            self._leaving, self.state = True, "failed"
+            await self._client.say(FAREWELL_SECONDS)
+
     def _beat(self) -> Heartbeat:
         return Heartbeat(
             role="rollout",
@@ -109,7 +118,8 @@ class Membership:
             state=self.state,
             weight_version=self._engine.weight_version,
             weight_digest=self._engine.weight_digest,
-            message=self._engine.broken,
+            message="told to end" if self._leaving else self._engine.broken,
+            terminating=self._options.name if self._leaving else "",
             stats=self._engine.stats() if self.state != "starting" else {},
         )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_worker.concurrency import first_to_end
-from grpo_worker.environment import ADVERTISED_HOST, COORDINATOR_URL, LISTEN_HOST, MEMBER_NAME
+from grpo_worker.environment import ADVERTISED_HOST, COORDINATOR_URL, LISTEN_HOST, MEMBER_NAME, ROLLOUT_PORT
 from grpo_worker.errors import ConfigError
 from grpo_worker.protocol import auth
 from grpo_worker.rollout.engine import RolloutEngine
@@ -54,10 +54,8 @@ def run(job: "GRPOJob", *, index: int) -> None:
 def options_of(job: "GRPOJob", index: int) -> tuple[EngineOptions, ReplicaOptions]:
     spec = job.spec
     rollout, network, token = spec.rollout, spec.network, auth.job_token()
-    engine_args = dict(rollout.engine_args)
-    max_model_len = (
-        engine_args.pop("max_model_len", None) or spec.data.max_prompt_length + spec.data.max_response_length
-    )
+    engine_args = {name: value for name, value in rollout.engine_args.items() if name != "max_model_len"}
+    max_model_len = rollout.context_tokens(spec.data.max_prompt_length, spec.data.max_response_length)
     engine = EngineOptions(
         model_path=spec.model.path, revision=spec.model.revision, max_model_len=max_model_len, dtype=rollout.dtype,
         tensor_parallel_size=rollout.tensor_parallel_size, gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -68,7 +66,7 @@ def options_of(job: "GRPOJob", index: int) -> tuple[EngineOptions, ReplicaOption
     replica = ReplicaOptions(
         name=os.environ.get(MEMBER_NAME, f"rollout-{index}"), host=os.environ.get(LISTEN_HOST, "127.0.0.1"),
         advertised_host=os.environ.get(ADVERTISED_HOST, "127.0.0.1"),
-        port=network.rollout_port and network.rollout_port + index,
+        port=int(os.environ.get(ROLLOUT_PORT) or (network.rollout_port and network.rollout_port + index)),
         coordinator_url=os.environ.get(COORDINATOR_URL, f"http://127.0.0.1:{network.coordinator_port}"),
         token=token, heartbeat_seconds=network.heartbeat_seconds, lost_after_seconds=network.member_timeout_seconds,
         give_up_after_seconds=max(600.0, 10 * network.member_timeout_seconds),
@@ -116,6 +114,8 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
 
     try:
         await first_to_end(start_and_watch(), membership.run(), stop.wait())
+        if stop.is_set():
+            await membership.leave()
     finally:
         await runner.cleanup()
         engine.shutdown()

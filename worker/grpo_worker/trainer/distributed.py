@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from grpo_worker.errors import ConfigError, RetryableError
 
 ERROR_KEY = "trainer/error"
+TERMINATING_KEY = "trainer/terminating"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ class Ranks:
         return self.rank == 0
 
 
-def join(device: str, timeout_seconds: float, seed: int) -> Ranks:
+def join(device: str, timeout_seconds: float, seed: int, rendezvous_timeout_seconds: float | None = None) -> Ranks:
     """Meet the other ranks as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say (alone without them).
+
+    Args:
+        timeout_seconds: limit of one collective.
+        rendezvous_timeout_seconds: until all ranks have come (default the same); a name that does not resolve yet is tried again.
 
     Raises ConfigError when the port is taken or there is no such GPU, RetryableError when the others do not come.
     """
@@ -45,7 +50,7 @@ def join(device: str, timeout_seconds: float, seed: int) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _device(device, local_rank)
     timeout = timedelta(seconds=timeout_seconds)
-    store = _rendezvous(rank, world_size, timeout)
+    store = _rendezvous(rank, world_size, timedelta(seconds=rendezvous_timeout_seconds or timeout_seconds))
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -69,7 +74,7 @@ def open_store(ranks: Ranks) -> dist.Store:
     """A connection of its own to the shared store, for another thread (one connection serves one thread)."""
     if ranks.world_size == 1:
         return ranks.store
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.TCPStore(_store_host(ranks.rank), int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 def leave() -> None:
@@ -136,12 +141,17 @@ def _device(device: str, local_rank: int) -> torch.device:
     return place
 
 
+def _store_host(rank: int) -> str:
+    """Rank 0 keeps the store, and reaches it whether or not its own name is in DNS yet."""
+    return "localhost" if rank == 0 else os.environ["MASTER_ADDR"]
+
+
 def _rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     if world_size == 1:
         return dist.HashStore()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        return dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+        return dist.TCPStore(_store_host(rank), port, world_size, is_master=rank == 0, timeout=timeout)
     except dist.DistNetworkError as error:
         if rank == 0:
             raise ConfigError(

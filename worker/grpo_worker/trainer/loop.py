@@ -15,7 +15,7 @@ import torch.distributed as dist
 from grpo_worker.errors import ExitCode, YieldedError
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import RemoteError, StopRequest, TrainerReply, TrainerRequest
-from grpo_worker.trainer.distributed import ERROR_KEY, Ranks, broadcast_bytes, open_store
+from grpo_worker.trainer.distributed import ERROR_KEY, TERMINATING_KEY, Ranks, broadcast_bytes, open_store
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused, as_error, remote_error
 from grpo_worker.trainer.options import TrainerOptions
@@ -38,11 +38,11 @@ def lead(engine: TrainerEngine, server: TrainerServer, options: TrainerOptions, 
         if operation is None:
             end = _reason_to_end(server, options, terminated)
             if end is None:
-                broadcast_bytes(TICK, ranks)
+                _share(TICK, ranks)
                 continue
-            broadcast_bytes(EXIT + codec.encode(end), ranks)
+            _share(EXIT + codec.encode(end), ranks)
             return _end(end)
-        broadcast_bytes(OPERATION + operation.body, ranks)
+        _share(OPERATION + operation.body, ranks)
         failure = _lead_one(engine, server, operation)
         if failure is not None:
             raise as_error(failure)
@@ -53,7 +53,7 @@ def lead(engine: TrainerEngine, server: TrainerServer, options: TrainerOptions, 
 def follow(engine: TrainerEngine) -> None:
     """The other ranks: run what rank 0 says, until it says stop. Raises GRPOError when an operation fails here."""
     while True:
-        message = broadcast_bytes(None, engine.ranks)
+        message = _share(None, engine.ranks)
         kind, body = message[:1], message[1:]
         if kind == EXIT:
             return _end(codec.decode(body, RemoteError))
@@ -74,7 +74,8 @@ def follow(engine: TrainerEngine) -> None:
 
 def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:
     """On rank 0: a rank that failed has said so in the store. Answer with its error, and end: rank 0 may be deep
-    inside a collective that will never finish, so only a thread beside it can.
+    inside a collective that will never finish, so only a thread beside it can. A rank that was told to end goes on:
+    the coordinator hears of it with the next heartbeat, and saves while all ranks are there.
     """
     if ranks.world_size == 1:
         return
@@ -84,6 +85,8 @@ def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:
         while True:
             try:
                 failed = store.check([ERROR_KEY])
+                if not server.terminating and store.check([TERMINATING_KEY]):
+                    server.terminating = store.get(TERMINATING_KEY).decode()
             except (RuntimeError, dist.DistError):
                 return  # the store ends with the process
             if failed:
@@ -95,6 +98,27 @@ def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:
             time.sleep(TICK_SECONDS / 2)
 
     threading.Thread(target=watch, name="rank-watch", daemon=True).start()
+
+
+def _share(message: bytes | None, ranks: Ranks) -> bytes:
+    """Rank 0's message on every rank. Raises RankLost, to be tried again, when a rank is gone: with its node, or killed."""
+    try:
+        return broadcast_bytes(message, ranks)
+    except RuntimeError as error:  # what Gloo raises, DistError or not
+        raise as_error(remote_error(error, "between two operations", ranks.rank)) from error
+
+
+def tell_when_terminated(ranks: Ranks, name: str, terminated: threading.Event) -> None:
+    """On the other ranks: tell rank 0 that the process `name` got SIGTERM; this one may be deep inside a collective too."""
+
+    def tell() -> None:
+        terminated.wait()
+        try:
+            open_store(ranks).set(TERMINATING_KEY, name)
+        except (RuntimeError, dist.DistError) as error:
+            log.warning("rank 0 could not be told that %s is being terminated: %s", name, error)
+
+    threading.Thread(target=tell, name="termination", daemon=True).start()
 
 
 def _lead_one(engine: TrainerEngine, server: TrainerServer, operation: Operation) -> RemoteError | None:

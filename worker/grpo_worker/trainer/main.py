@@ -49,15 +49,16 @@ def run_rank(options: TrainerOptions) -> None:
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     token = job_token()
-    ranks = join(options.device, options.collective_timeout_seconds, options.seed)
+    ranks = join(options.device, options.collective_timeout_seconds, options.seed, options.rendezvous_timeout_seconds)
     if not ranks.is_first:
+        loop.tell_when_terminated(ranks, options.name, terminated)
         engine = TrainerEngine(options, ranks, token)
         loop.follow(engine)
         engine.close()
         leave()
         return
     holder: list[TrainerEngine] = []
-    server = TrainerServer(options, token, lambda wait_seconds: holder[0].save_status(wait_seconds))
+    server = TrainerServer(options, token, lambda wait_seconds: holder[0].save_status(wait_seconds), terminated)
     server.start()
     loop.watch_other_ranks(server, ranks)
     try:
@@ -76,7 +77,6 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
     """The trainer's view of a job. `device` is the resolved one, cuda or cpu."""
     spec = job.spec
     actor, optim, network = spec.actor, spec.actor.optim, spec.network
-    updates_per_step = -(-spec.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
     return TrainerOptions(
         model_path=spec.model.path,
         model_revision=spec.model.revision,
@@ -101,7 +101,7 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
         ref_log_prob_max_token_len_per_gpu=spec.ref.log_prob_max_token_len_per_gpu,
         ref_log_prob_micro_batch_size_per_gpu=spec.ref.log_prob_micro_batch_size_per_gpu,
         ppo_epochs=actor.ppo_epochs,
-        updates_per_step=updates_per_step,
+        updates_per_step=actor.updates_per_step(spec.data.train_batch_size),
         optimizer=OptimizerOptions(
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
@@ -131,6 +131,7 @@ def options_of(job: "GRPOJob", environment: Mapping[str, str], device: str) -> T
         coordinator_url=environment.get(COORDINATOR_URL, ""),
         name=environment.get(MEMBER_NAME, "trainer-0"),
         heartbeat_seconds=network.heartbeat_seconds,
+        rendezvous_timeout_seconds=spec.failure_policy.startup_timeout_seconds,
         collective_timeout_seconds=spec.trainer.process_group_timeout_seconds,
         operation_timeout_seconds=network.request_timeout_seconds,
     )

@@ -6,7 +6,7 @@ Invariant: frozen, and equal on all ranks of a run; everything that changes duri
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from grpo_worker.errors import ConfigError
+from grpo_worker.config.actor import check_decay
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 DEFAULT_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
@@ -29,12 +29,7 @@ class OptimizerOptions:
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.schedule != "constant" and 0 < self.total_updates <= self.warmup_updates:
-            raise ConfigError(
-                f"actor.optim.lrScheduler: {self.schedule} decays over the run's updates after the warm-up, and there are "
-                f"{self.total_updates} updates and {self.warmup_updates} of warm-up. Shorten actor.optim.lrWarmupSteps, or use "
-                "constant."
-            )
+        check_decay(self.schedule, self.warmup_updates, self.total_updates)
 
 
 @dataclass(frozen=True)
@@ -99,6 +94,7 @@ class TrainerOptions:
     name: str = "trainer-0"
     heartbeat_seconds: float = 5.0
     coordinator_timeout_seconds: float = 300.0  # without an answer for so long the process ends with exit code 75
+    rendezvous_timeout_seconds: float = 600.0  # until all ranks have come
     collective_timeout_seconds: float = 1800.0
     operation_timeout_seconds: float = 3600.0
 

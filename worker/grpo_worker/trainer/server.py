@@ -57,7 +57,16 @@ class Operation:
 class TrainerServer:
     """Start it with `start`, take operations with `next`. All other threads' calls go through the event loop."""
 
-    def __init__(self, options: TrainerOptions, token: str, save_status: Callable[[float], SaveStatusReply]) -> None:
+    def __init__(
+        self,
+        options: TrainerOptions,
+        token: str,
+        save_status: Callable[[float], SaveStatusReply],
+        terminated: threading.Event | None = None,
+    ) -> None:
+        """`terminated` is set when this process gets SIGTERM."""
+        self.terminating = ""  # another rank's process that got SIGTERM
+        self._terminated = terminated or threading.Event()
         self.metrics = TrainerMetrics()
         self.port = options.port
         self.state: Literal["starting", "ready", "failed"] = "starting"
@@ -167,6 +176,7 @@ class TrainerServer:
             url=self.url,
             state=self.state,
             message=self.message,
+            terminating=self._options.name if self._terminated.is_set() else self.terminating,
         )
 
     def _heard(self, reply: HeartbeatReply) -> None:

@@ -1,0 +1,54 @@
+"""Two jobs in two namespaces at once: each trains, neither reaches the other's ports."""
+
+from collections.abc import Callable
+
+from e2e.scenarios.training import Job, Tenant
+
+STEPS = 4
+PROBE = """
+import json, os, sys, urllib.error, urllib.request
+codes = {}
+for url in sys.argv[1:]:
+    request = urllib.request.Request(url, data=b"{}", headers={"Authorization": "Bearer " + os.environ["GRPO_JOB_TOKEN"]})
+    try:
+        codes[url] = urllib.request.urlopen(request, timeout=5).status
+    except urllib.error.HTTPError as error:
+        codes[url] = error.code
+    except OSError as error:
+        codes[url] = str(error)
+print(json.dumps(codes))
+"""
+
+
+def addresses(job: Job) -> dict[str, str]:
+    return {name.removeprefix(f"{job.name}-"): pod["status"]["podIP"] for name, pod in job.pods().items()}
+
+
+def test_jobs_of_two_namespaces_train_side_by_side_and_apart(tenant: Tenant, make_tenant: Callable[[], Tenant]) -> None:
+    other = make_tenant()
+    trainer = {"totalSteps": STEPS, "testFreq": 0}
+    jobs = [tenant.submit("twin", trainer=trainer), other.submit("twin", trainer=trainer)]
+    for job in jobs:
+        job.until_all_ready(600)
+
+    _mine, theirs = jobs
+    target = addresses(theirs)
+    urls = [
+        f"http://{target['coordinator']}:7600/v1/stop",
+        f"http://{target['trainer-0']}:7601/v1/trainer",
+        f"http://{target['rollout-0']}:7604/v1/generate",
+    ]
+    answer = tenant.kubectl("exec", "twin-coordinator", "--", "python", "-c", PROBE, *urls)
+    # This network does not enforce NetworkPolicies, so it is the token that refuses.
+    assert all(f'"{url}": 401' in answer for url in urls), answer
+
+    for job in jobs:
+        (policy,) = job.tenant.get("networkpolicies", "-l", job.selector)["items"]
+        peers = [peer for rule in policy["spec"]["ingress"] for peer in rule.get("from", [])]
+        uid = job.tenant.get("grpojob", job.name)["metadata"]["uid"]
+        assert {"podSelector": {"matchLabels": {"grpo.dev/job-uid": uid}}} in peers, policy
+        assert all("podSelector" in peer or "namespaceSelector" in peer for peer in peers), policy
+    for job in jobs:
+        job.until_state("Succeeded", 600)
+        assert len(job.trained()) == STEPS * 32
+        job.delete()

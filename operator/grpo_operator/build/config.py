@@ -1,0 +1,61 @@
+"""The document that a job's pods read, in an immutable ConfigMap whose name carries the document's hash.
+
+Invariant: a pod never sees its document change. What a running job may change and no process reads is left out, so such a change makes
+no new ConfigMap; any other change makes one, and pods keep the one that they were made with.
+"""
+
+import hashlib
+from typing import Any
+
+from grpo_operator.build.errors import spec_of
+from grpo_operator.build.metadata import object_meta
+from grpo_operator.build.ports import ports_of
+from grpo_operator.facts import Job
+from grpo_worker.config.job import API_VERSION, KIND
+from grpo_worker.config.yaml_text import yaml_text
+
+FILE = "job.yaml"
+DIRECTORY = "/etc/grpo"
+HASH_LENGTH = 8
+# The operator's business alone, by section ('' is `spec` itself).
+LEFT_OUT = {"": ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished"), "rollout": ("maxReplicas",)}
+
+
+def document(job: Job) -> dict[str, Any]:
+    """The job with its preset resolved, every default written out and the ports of its pods."""
+    spec = spec_of(job).model_dump(by_alias=True, mode="json", exclude_none=True)
+    for section, names in LEFT_OUT.items():
+        for name in names:
+            (spec[section] if section else spec).pop(name, None)
+    ports = ports_of(job)
+    spec["network"] |= {
+        "coordinatorPort": ports.coordinator,
+        "trainerPort": ports.trainer,
+        "weightSyncPort": ports.weight_sync,
+        "rendezvousPort": ports.rendezvous,
+        "rolloutPort": ports.rollout,
+    }
+    metadata = {"name": job.name, "namespace": job.namespace}
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
+
+
+def render(job: Job) -> str:
+    return yaml_text(document(job))
+
+
+def config_hash(job: Job) -> str:
+    return hashlib.sha256(render(job).encode()).hexdigest()[:HASH_LENGTH]
+
+
+def config_map_name(job: Job) -> str:
+    return f"{job.name}-{config_hash(job)}"
+
+
+def config_map(job: Job) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": object_meta(job, config_map_name(job)),
+        "immutable": True,
+        "data": {FILE: render(job)},
+    }

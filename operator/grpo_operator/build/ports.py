@@ -1,0 +1,57 @@
+"""Ports of a job's pods.
+
+Invariant: no two servers of one pod share a port; a port that the document leaves at 0 gets its usual number, or the next free one.
+"""
+
+from dataclasses import dataclass
+
+from grpo_operator.build.errors import CannotBuild, spec_of
+from grpo_operator.facts import Job
+from grpo_operator.labels import Role
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Resolved port numbers."""
+
+    coordinator: int = 7600
+    trainer: int = 7601
+    weight_sync: int = 7602
+    rendezvous: int = 7603
+    rollout: int = 7604
+
+    def of_role(self, role: Role) -> dict[str, int]:
+        """Port numbers of one role's pods by name (at most 15 characters, RFC 6335)."""
+        if role is Role.COORDINATOR:
+            return {"coordinator": self.coordinator}
+        if role is Role.ROLLOUT:
+            return {"rollout": self.rollout}
+        return {"trainer": self.trainer, "weight-sync": self.weight_sync, "rendezvous": self.rendezvous}
+
+
+def ports_of(job: Job) -> Ports:
+    """Raises CannotBuild when the document gives one trainer port twice."""
+    network, usual = spec_of(job).network, Ports()
+    given = {
+        "trainerPort": network.trainer_port,
+        "weightSyncPort": network.weight_sync_port,
+        "rendezvousPort": network.rendezvous_port,
+    }
+    fixed = [port for port in given.values() if port]
+    for name, port in given.items():
+        if port and fixed.count(port) > 1:
+            raise CannotBuild(f"network.{name}: {port} is given to two servers of the trainer pods. Choose another.")
+    taken = set(fixed)
+    numbers = []
+    for port, default in zip(given.values(), (usual.trainer, usual.weight_sync, usual.rendezvous), strict=True):
+        number = port or next(free for free in range(default, 65536) if free not in taken)
+        taken.add(number)
+        numbers.append(number)
+    trainer, weight_sync, rendezvous = numbers
+    return Ports(
+        coordinator=network.coordinator_port or usual.coordinator,
+        trainer=trainer,
+        weight_sync=weight_sync,
+        rendezvous=rendezvous,
+        rollout=network.rollout_port or usual.rollout,
+    )

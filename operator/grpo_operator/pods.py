@@ -1,0 +1,128 @@
+"""From a Pod of the API to `facts.Pod`.
+
+Invariant: total: a pod that somebody has changed by hand, or that a newer Kubernetes wrote, is read as far as it goes; no decision here.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from grpo_operator import clock
+from grpo_operator.facts import Ended, LastWord, Pod, Waiting
+from grpo_operator.labels import ATTEMPT, CONTAINER, INDEX, ROLE, Role
+
+_LONG_AGO = datetime.fromtimestamp(0, UTC)
+
+
+def read_pod(document: Mapping[str, Any]) -> Pod:
+    """Raises ValueError when the labels do not say which pod of a job it is."""
+    metadata, spec, status = (document.get(key) or {} for key in ("metadata", "spec", "status"))
+    labels = metadata.get("labels") or {}
+    try:
+        role, index, attempt = Role(labels[ROLE]), int(labels[INDEX]), int(labels[ATTEMPT])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"pod {metadata.get('name')}: no valid label {error}") from None
+    conditions = {condition.get("type", ""): condition for condition in status.get("conditions") or []}
+    true = tuple(sorted(name for name, condition in conditions.items() if condition.get("status") == "True"))
+    scheduled = conditions.get("PodScheduled", {})
+    containers = _containers(status)
+    worker = containers.get(CONTAINER, {}).get("state") or {}
+    return Pod(
+        name=metadata.get("name", ""),
+        uid=metadata.get("uid", ""),
+        role=role,
+        index=index,
+        attempt=attempt,
+        created=clock.parse(metadata.get("creationTimestamp")) or _LONG_AGO,
+        phase=status.get("phase") or "Pending",
+        ip=status.get("podIP") or "",
+        node=spec.get("nodeName") or "",
+        config=_config_map(spec),
+        scheduled="PodScheduled" in true or bool(spec.get("nodeName")),
+        unschedulable=scheduled.get("message") or scheduled.get("reason") or ""
+        if scheduled.get("status") == "False"
+        else "",
+        started="running" in worker or bool((worker.get("terminated") or {}).get("startedAt")),
+        ready="Ready" in true,
+        waiting=_waiting(containers),
+        ended=_ended(status, containers),
+        disruption=conditions["DisruptionTarget"].get("reason") or "DisruptionTarget"
+        if "DisruptionTarget" in true
+        else "",
+        conditions=true,
+        deletion_deadline=clock.parse(metadata.get("deletionTimestamp")),
+    )
+
+
+def _containers(status: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Statuses by container name, those of init containers first."""
+    return {
+        item.get("name", ""): item
+        for key in ("initContainerStatuses", "containerStatuses")
+        for item in status.get(key) or []
+    }
+
+
+def _config_map(spec: Mapping[str, Any]) -> str:
+    for volume in spec.get("volumes") or []:
+        if volume.get("name") == "config":
+            return (volume.get("configMap") or {}).get("name") or ""
+    return ""
+
+
+def _waiting(containers: Mapping[str, Mapping[str, Any]]) -> Waiting | None:
+    """The first container that waits for more than the one before it."""
+    found = None
+    for container in containers.values():
+        state = (container.get("state") or {}).get("waiting")
+        if state:
+            waiting = Waiting(state.get("reason") or "", state.get("message") or "")
+            if waiting.reason not in ("PodInitializing", "ContainerCreating", ""):
+                return waiting
+            found = found or waiting
+    return found
+
+
+def _ended(status: Mapping[str, Any], containers: Mapping[str, Mapping[str, Any]]) -> Ended | None:
+    terminated = _terminated(containers)
+    over = status.get("phase") in ("Succeeded", "Failed")
+    if terminated is None:
+        if not over:
+            return None
+        reason = status.get("reason") or "Error"
+        return Ended(None, reason, None, None, status.get("message") or "")
+    said = terminated.get("message") or ""
+    last_word = _last_word(said)
+    return Ended(
+        exit_code=terminated.get("exitCode"),
+        kube_reason=status.get("reason") or terminated.get("reason") or "Error",
+        finished=clock.parse(terminated.get("finishedAt")),
+        last_word=last_word,
+        message=status.get("message") or ("" if last_word else said),
+    )
+
+
+def _terminated(containers: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """How the worker ended, or the init container that did not let it start."""
+    for name, container in containers.items():
+        state = (container.get("state") or {}).get("terminated")
+        if state and (name == CONTAINER or state.get("exitCode")):
+            return dict(state)
+    return None
+
+
+def _last_word(text: str) -> LastWord | None:
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(said, dict) or not isinstance(said.get("reason"), str):
+        return None
+    step, checkpoint = said.get("step"), said.get("checkpoint")
+    return LastWord(
+        reason=said["reason"],
+        message=str(said.get("message") or ""),
+        step=step if isinstance(step, int) else None,
+        checkpoint=checkpoint if isinstance(checkpoint, str) else None,
+    )

@@ -1,0 +1,63 @@
+"""Start-up: all pods that training needs run within failurePolicy.startupTimeoutSeconds, or all give their devices back.
+
+Invariant: no job holds devices for longer than that while it waits for others, so two half-scheduled jobs do not block each other for
+ever. Engines beyond rollout.minReplicas may wait as long as they like.
+"""
+
+from datetime import timedelta
+
+from grpo_operator import diagnose
+from grpo_operator.diagnose import Diagnosis
+from grpo_operator.draft import Draft
+from grpo_operator.facts import Pod
+from grpo_operator.policies import restart
+from grpo_operator.policies.restart import Loss
+
+NEVER = frozenset({"InvalidImageName"})
+
+
+def limit(draft: Draft) -> bool:
+    waiting = [pod for pod in (*draft.set_pods, *draft.rollouts) if _waits(pod)]
+    for pod in waiting:
+        found = diagnose.not_started(pod, draft.spec)
+        if found is not None and found.reason in NEVER:
+            loss = Loss(pod.role, pod.index, found, pod)
+            restart.record(draft, loss, "FailJob", counted=True)
+            draft.fail(found.reason, found.message)
+            return True
+    needed = _needed(draft)
+    if not needed:
+        return False
+    seconds = draft.spec.failure_policy.startup_timeout_seconds
+    first = min(needed, key=lambda pod: pod.created)
+    due = first.created + timedelta(seconds=seconds)
+    if draft.now < due:
+        draft.wake_at(due)
+        return False
+    late = [pod for pod in needed if _waits(pod)] or needed
+    pod = next((pod for pod in late if diagnose.not_started(pod, draft.spec) is not None), late[0])
+    words = f"not all pods were running within {seconds:g} s (failurePolicy.startupTimeoutSeconds); all give their devices back."
+    found = diagnose.not_started(pod, draft.spec) or Diagnosis("StartupTimeout", f"{pod.name} did not start.")
+    if draft.status.excluded_nodes:
+        draft.update(excluded_nodes=[])  # nobody else could take the pods
+    restart.restart_job(
+        draft,
+        Loss(pod.role, pod.index, Diagnosis(found.reason, f"{found.message} Start-up: {words}"), pod),
+        counted=True,
+    )
+    return draft.terminal
+
+
+def _needed(draft: Draft) -> list[Pod]:
+    """Pods that the job waits for; those of a set that is not complete wait for the rest of it."""
+    members = draft.set_pods
+    if draft.missing and draft.status.complete_attempt != draft.attempt:
+        return members
+    rollout = draft.spec.rollout
+    running = sum(pod.started and pod.ended is None for pod in draft.rollouts)
+    enough = running >= (rollout.min_replicas or rollout.replicas)
+    return [pod for pod in (*members, *([] if enough else draft.rollouts)) if _waits(pod)]
+
+
+def _waits(pod: Pod) -> bool:
+    return not pod.started and pod.ended is None and not pod.deleting
