@@ -3,6 +3,7 @@
 Invariant: nothing here knows the API client; `pods.py` and `jobs.py` read these from API objects.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -36,6 +37,7 @@ class LastWord:
     message: str
     step: int | None = None
     checkpoint: str | None = None
+    progress: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as in `/status`: epoch, reward, accuracy, ...
 
 
 @dataclass(frozen=True)

@@ -125,4 +125,5 @@ def _last_word(text: str) -> LastWord | None:
         message=str(said.get("message") or ""),
         step=step if isinstance(step, int) else None,
         checkpoint=checkpoint if isinstance(checkpoint, str) else None,
+        progress=said,
     )

@@ -43,19 +43,26 @@ def _progress(document: Mapping[str, Any], read: str) -> Progress:
         and (version := _whole(member.get("weight_version"))) is not None
     ]
     return Progress(
-        step=_whole(document.get("step")),
-        total_steps=_whole(document.get("total_steps")),
-        epoch=_real(document.get("epoch"), 0.0),
+        **_reached(document),
         total_epochs=_whole(document.get("total_epochs")),
-        reward=_real(document.get("reward")),
-        accuracy=_real(document.get("accuracy")),
-        policy_version=_whole(document.get("policy_version")),
         rollout_version=min(serving, default=None),
         eta_seconds=_real(document.get("eta_seconds"), 0.0),
         tokens_per_second=_real(document.get("tokens_per_second"), 0.0),
         last_progress_time=clock.text(last) if last is not None else None,
         report_time=read,
     )
+
+
+def _reached(document: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the run is: what `/status` and a last word both tell."""
+    return {
+        "step": _whole(document.get("step")),
+        "total_steps": _whole(document.get("total_steps")),
+        "epoch": _real(document.get("epoch"), 0.0),
+        "reward": _real(document.get("reward")),
+        "accuracy": _real(document.get("accuracy")),
+        "policy_version": _whole(document.get("policy_version")),
+    }
 
 
 def _take_checkpoints(draft: Draft, document: Mapping[str, Any]) -> None:
@@ -82,8 +89,11 @@ def _hear_last_word(draft: Draft) -> None:
     if end is None or word is None or word.step is None:
         return
     progress = draft.status.progress or Progress()
-    if word.step > (progress.step or 0):
-        draft.update(progress=progress.model_copy(update={"step": word.step}))
+    if word.step >= (progress.step or 0):
+        told = {**_reached(word.progress), "step": word.step}
+        draft.update(
+            progress=progress.model_copy(update={name: value for name, value in told.items() if value is not None})
+        )
     path, known = word.checkpoint, draft.status.checkpoints or Checkpoints()
     if path is None or PurePosixPath(path).name == PurePosixPath(draft.spec.checkpoint.resume).name:
         return  # what the run began with is not its own

@@ -53,7 +53,7 @@ def termination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ending_with(monkeypatch: pytest.MonkeyPatch, end: Callable[[], int]) -> None:
-    monkeypatch.setattr(entrypoint, "_run_role", lambda role, job: end())
+    monkeypatch.setattr(entrypoint, "_run_role", lambda role, job: (end(), {"step": 9}))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_an_error_becomes_its_exit_code_and_last_word(
 def test_a_role_that_is_done_says_so(job: Path, termination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ending_with(monkeypatch, lambda: int(ExitCode.DONE))
     assert entrypoint.run("coordinator", str(job)) == 0
-    assert json.loads(termination.read_text())["reason"] == "Completed"
+    assert json.loads(termination.read_text()) == {"reason": "Completed", "message": "", "step": 9}
 
 
 def test_an_unexpected_error_is_told_with_its_type(

@@ -149,6 +149,19 @@ def test_the_last_word_may_tell_of_a_later_checkpoint(resume: str, path: str | N
     assert world.status.checkpoints.time is not None
 
 
+def test_the_last_step_is_known_though_nobody_asked_the_coordinator_after_it() -> None:
+    world = running_world()
+    world.train(19)
+    told = {"step": 20, "total_steps": 20, "epoch": 2.0, "reward": 0.75, "accuracy": 0.9, "policy_version": 20}
+    world.end("coordinator", 0, word=LastWord("Completed", "", 20, "checkpoints/epoch_2_step_20", told))
+    world.settle()
+    progress, checkpoints = world.status.progress, world.status.checkpoints
+    assert progress is not None and checkpoints is not None
+    assert (progress.step, progress.epoch, progress.reward, progress.accuracy) == (20, 2.0, 0.75, 0.9)
+    assert progress.policy_version == 20 and checkpoints.last_step == 20
+    assert "20 steps, accuracy 0.900" in (world.status.message or "")
+
+
 def test_success_is_sticky_and_ended_pods_stay() -> None:
     world = running_world()
     world.train(20, checkpoint=20)

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(role: str, job_file: str) -> int:
     """Run one role to its end and return the exit code."""
     try:
-        code = _run_role(role, load_job(job_file))
+        code, context = _run_role(role, load_job(job_file))
     except GRPOError as error:
         print(f"{role}: {error.reason}: {error}", file=sys.stderr, flush=True)
         _last_word(error.reason, str(error), error.context)
@@ -50,7 +50,7 @@ def run(role: str, job_file: str) -> int:
         _last_word("UnexpectedError", f"{type(error).__name__}: {error}", {})
         return int(ExitCode.INTERNAL)
     if code == ExitCode.DONE:
-        _last_word("Completed", "", {})
+        _last_word("Completed", "", context)
     return code
 
 
@@ -78,21 +78,21 @@ def _end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-def _run_role(role: str, job: GRPOJob) -> int:
-    """The role's exit code; a trainer node with several ranks passes on the code of the first that failed."""
+def _run_role(role: str, job: GRPOJob) -> tuple[int, dict[str, object]]:
+    """The role's exit code, and what its last word tells besides; a trainer node with several ranks passes on the code of the first
+    that failed."""
     if role == "coordinator":
         from grpo_worker.coordinator.main import run as run_coordinator
 
-        run_coordinator(job)
-    elif role == "trainer":
+        return int(ExitCode.DONE), run_coordinator(job)
+    if role == "trainer":
         from grpo_worker.trainer.main import run as run_trainer
 
-        return run_trainer(job)
-    else:
-        from grpo_worker.rollout.main import run as run_rollout
+        return run_trainer(job), {}
+    from grpo_worker.rollout.main import run as run_rollout
 
-        run_rollout(job, index=int(os.environ.get(REPLICA_INDEX, "0")))
-    return int(ExitCode.DONE)
+    run_rollout(job, index=int(os.environ.get(REPLICA_INDEX, "0")))
+    return int(ExitCode.DONE), {}
 
 
 def _last_word(reason: str, message: str, context: dict[str, object]) -> None:

@@ -53,9 +53,9 @@ from grpo_worker.run_directory import RunDirectory
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
-def run(job: GRPOJob) -> None:
-    """Run the coordinator to its end. Raises GRPOError."""
-    asyncio.run(Coordinator(job).run())
+def run(job: GRPOJob) -> dict[str, object]:
+    """Run the coordinator to its end; what its last word tells. Raises GRPOError."""
+    return asyncio.run(Coordinator(job).run())
 
 
 class Coordinator:
@@ -75,8 +75,8 @@ class Coordinator:
         self._stopping = False
         self._told: set[str] = set()
 
-    async def run(self) -> None:
-        """Raises GRPOError; its context says at which step the run was, and which checkpoint is the last."""
+    async def run(self) -> dict[str, object]:
+        """Returns how far the run got (`Progress.last_word`). Raises GRPOError, with the same as its context."""
         network = self._spec.network
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20) as session:
             self._session = session
@@ -100,6 +100,7 @@ class Coordinator:
             try:
                 await self._train()
                 await self._say_farewell()
+                return self._progress.last_word()
             except GRPOError as error:
                 yielded = isinstance(error, YieldedError)
                 if not yielded:
@@ -107,7 +108,7 @@ class Coordinator:
                 self._events.emit("info" if yielded else "error", error.reason, str(error))
                 if yielded:
                     await self._say_farewell()
-                error.context = self._context()
+                error.context = self._progress.last_word()
                 raise
             finally:
                 await server.cleanup()
@@ -327,10 +328,6 @@ class Coordinator:
             if all(member.name in self._told for member in self._members.present()):
                 return
             await asyncio.sleep(0.05)
-
-    def _context(self) -> dict[str, object]:
-        checkpoint = self._progress.checkpoint
-        return {"step": self._progress.step, "checkpoint": str(checkpoint.path) if checkpoint else None}
 
 
 def _total_steps(asked: int | None, in_data: int) -> int:

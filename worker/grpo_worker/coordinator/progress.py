@@ -160,6 +160,15 @@ class Progress:
             "incarnation": self._incarnation,
         }
 
+    def last_word(self) -> dict[str, object]:
+        """What the termination message adds to reason and message: its reader may have missed the last `/status`."""
+        told = ("step", "total_steps", "epoch", "reward", "accuracy", "policy_version")
+        status = self.status()
+        return {
+            **{key: status[key] for key in told},
+            "checkpoint": str(self.checkpoint.path) if self.checkpoint else None,
+        }
+
     def _eta(self) -> float | None:
         if not self._step_seconds:
             return None
