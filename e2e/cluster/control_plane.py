@@ -89,13 +89,17 @@ def scheduler_command(binaries: Path, kubeconfig: Path) -> list[str | Path]:
 class ControlPlane(Client):
     """`with ControlPlane() as api:` an API server of one's own, in seconds; gone at the end, also when the process is killed.
 
-    `controllers` adds the garbage collector, namespaces' ends and default service accounts; `scheduler` the scheduler.
+    `controllers` adds the garbage collector, namespaces' ends and default service accounts; `scheduler` the scheduler;
+    `apiserver_flags` are given to kube-apiserver besides its own.
     Attributes: `kubeconfig` (an administrator's), `server` (its URL), `directory` (data and logs).
     """
 
-    def __init__(self, *, controllers: bool = True, scheduler: bool = False) -> None:
+    def __init__(
+        self, *, controllers: bool = True, scheduler: bool = False, apiserver_flags: Sequence[str] = ()
+    ) -> None:
         self.controllers = controllers
         self.scheduler = scheduler
+        self.apiserver_flags = tuple(apiserver_flags)
         self.makes_default_accounts = controllers
         self.server = ""
         self.directory = Path()
@@ -168,7 +172,12 @@ class ControlPlane(Client):
         self.server = f"https://127.0.0.1:{port}"
         self.kubeconfig = self._component_kubeconfig("admin", "admin", ["system:masters"])
         self._processes.start("etcd", etcd_command(self.binaries, self.directory / "etcd", etcd_port, peer_port))
-        loopback = ["--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none"]
+        loopback = [
+            *self.apiserver_flags,
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            "--endpoint-reconciler-type=none",
+        ]
         if not self.controllers:
             # Nobody makes the service accounts that this admission plug-in would ask of every pod.
             loopback.append("--disable-admission-plugins=ServiceAccount")

@@ -1,15 +1,22 @@
 """Two jobs in two namespaces at once: each trains, neither reaches the other's ports."""
 
+import json
 from collections.abc import Callable
 
 from e2e.scenarios.training import Job, Tenant
 
 STEPS = 4
+# Asks the other job's ports with this job's token: HTTP ones, and the weight server in its own protocol.
 PROBE = """
-import json, os, sys, urllib.error, urllib.request
+import json, os, socket, sys, urllib.error, urllib.request
+from grpo_worker.weightsync import wire
+token, trainer, *urls = os.environ["GRPO_JOB_TOKEN"], *sys.argv[1:]
 codes = {}
-for url in sys.argv[1:]:
-    request = urllib.request.Request(url, data=b"{}", headers={"Authorization": "Bearer " + os.environ["GRPO_JOB_TOKEN"]})
+with socket.create_connection((trainer, 7602), timeout=5) as connection:
+    wire.send_frame(connection, wire.Request(token=token, version=0, digest="", kind="manifest"))
+    codes["weights"] = wire.receive_frame(connection, wire.Reply).error
+for url in urls:
+    request = urllib.request.Request(url, data=b"{}", headers={"Authorization": "Bearer " + token})
     try:
         codes[url] = urllib.request.urlopen(request, timeout=5).status
     except urllib.error.HTTPError as error:
@@ -38,9 +45,9 @@ def test_jobs_of_two_namespaces_train_side_by_side_and_apart(tenant: Tenant, mak
         f"http://{target['trainer-0']}:7601/v1/trainer",
         f"http://{target['rollout-0']}:7604/v1/generate",
     ]
-    answer = tenant.kubectl("exec", "twin-coordinator", "--", "python", "-c", PROBE, *urls)
+    answer = tenant.kubectl("exec", "twin-coordinator", "--", "python", "-c", PROBE, target["trainer-0"], *urls)
     # This network does not enforce NetworkPolicies, so it is the token that refuses.
-    assert all(f'"{url}": 401' in answer for url in urls), answer
+    assert json.loads(answer) == {"weights": "unauthorized", **dict.fromkeys(urls, 401)}
 
     for job in jobs:
         (policy,) = job.tenant.get("networkpolicies", "-l", job.selector)["items"]

@@ -17,6 +17,8 @@ from e2e.cluster.existing import ExistingCluster
 from e2e.cluster.host import wait_until
 from e2e.cluster.node import Node
 
+from grpo_worker.config import parse_yaml
+
 Cluster = Node | ExistingCluster
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,7 +78,7 @@ class Tenant:
 
     def submit(self, name: str, **changes: Any) -> "Job":
         """The demo's job under another name, with fields replaced: `submit("a", trainer={"totalSteps": 4})`."""
-        document = yaml.safe_load(EXAMPLE.read_text())
+        document = parse_yaml(EXAMPLE.read_text(), EXAMPLE.name)  # 1e-4 is a number, as for kubectl
         document["metadata"]["name"] = name
         _merge(document["spec"], changes)
         self._apply(document)

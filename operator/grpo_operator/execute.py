@@ -14,8 +14,9 @@ from grpo_operator.actions import CreatePod, DeletePod, Event, Plan
 from grpo_operator.api import BY_KIND, CONFIG_MAPS, GRPOJOBS, PODS, Api, ApiError
 from grpo_operator.facts import Job, Observation, Pod
 from grpo_operator.kubernetes_events import EventRecorder
+from grpo_operator.reports import CoordinatorSilent
 from grpo_operator.settings import Settings
-from grpo_operator.store import Key, Store, version_of
+from grpo_operator.store import Key, Store, is_owned, version_of
 from grpo_operator.token import job_token
 from grpo_operator.watches import Watches
 from grpo_worker.config.status import GRPOJobStatus
@@ -58,7 +59,7 @@ class Executor:
         self._ours: set[tuple[str, str, str]] = set()  # job uid, kind, name of shared objects known to be the job's
 
     async def execute(self, seen: Observation, plan: Plan) -> None:
-        """Raises MovedOn, Blocked, ApiError or the coordinator's silence; what is left is planned anew."""
+        """Raises MovedOn, Blocked or ApiError; what is left is planned anew."""
         job = seen.job
         status = plan.status or job.status
         if plan.status is not None:
@@ -120,9 +121,13 @@ class Executor:
     # ---- coordinator
 
     async def _stop(self, seen: Observation, name: str) -> None:
+        """A silent coordinator holds up nothing: the plan knows how long to ask, and what follows."""
         for pod in seen.pods:
             if pod.name == name:
-                await self._coordinators.stop(seen.job, pod)
+                try:
+                    await self._coordinators.stop(seen.job, pod)
+                except CoordinatorSilent as error:
+                    logger.warning("%s/%s: %s", seen.job.namespace, seen.job.name, error)
 
     # ---- pods
 
@@ -158,17 +163,23 @@ class Executor:
         """The name is taken: by a pod of this job that the watch has not told of yet, or by somebody else's."""
         name = document["metadata"]["name"]
         there = await self._api.get(PODS, job.namespace, name)
-        if _is_owned(there, job.uid):
-            self._store.update_pod(there)
+        self._store.update_pod(there)
+        if any(pod.uid == there["metadata"]["uid"] for pod in self._store.pods(job)):
             raise MovedOn(f"pod {name} exists already")
-        await self._refuse(job, PODS.kind, name)
+        await self._refuse(job, there, PODS.kind)
 
-    async def _refuse(self, job: Job, kind: str, name: str) -> None:
-        message = (
-            f"{kind} {name} exists in namespace {job.namespace} and is not this job's, so it is left alone. "
-            "Delete it, or give the job another name."
-        )
-        await self._events.record(job, (Event("Warning", "NameTaken", message),))
+    async def _refuse(self, job: Job, there: dict[str, Any], kind: str) -> None:
+        name = there["metadata"]["name"]
+        if _is_predecessors(there, job):
+            message = f"{kind} {name} belongs to a deleted job of this name and is not gone yet. Waiting for it."
+            event = Event("Normal", "WaitingForOldObjects", message)
+        else:
+            message = (
+                f"{kind} {name} exists in namespace {job.namespace} and is not this job's, so it is left alone. "
+                "Delete it, or give the job another name."
+            )
+            event = Event("Warning", "NameTaken", message)
+        await self._events.record(job, (event,))
         raise Blocked(message)
 
     # ---- shared objects
@@ -178,8 +189,6 @@ class Executor:
         resource, entry = BY_KIND[kind], (job.uid, document["kind"], document["metadata"]["name"])
         if kind == CONFIG_MAPS.kind:
             self._store.note_config_map(job.uid, name)
-            if entry in self._ours:  # immutable, and named by its content
-                return
         try:
             if entry in self._ours:
                 await self._api.apply(document)
@@ -191,17 +200,19 @@ class Executor:
             if not error.already_exists:
                 raise
             there = await self._api.merge(resource, job.namespace, name, {})  # a Secret may be patched but not read
-            if not _is_owned(there, job.uid):
-                await self._refuse(job, kind, name)
-            if kind != CONFIG_MAPS.kind:
-                await self._api.apply(document)
+            if not is_owned(there, job.uid):
+                await self._refuse(job, there, kind)
+            await self._api.apply(document)
         self._ours.add(entry)
 
     async def _delete_config_map(self, job: Job, name: str) -> None:
+        """The name comes from a pod's volume, and a job's pod template may have put any there."""
         try:
-            await self._api.delete(CONFIG_MAPS, job.namespace, name)
+            there = await self._api.merge(CONFIG_MAPS, job.namespace, name, {})
+            if is_owned(there, job.uid):
+                await self._api.delete(CONFIG_MAPS, job.namespace, name, there["metadata"]["uid"])
         except ApiError as error:
-            if not error.not_found:
+            if not error.not_found and not error.conflict:
                 raise
         self._ours.discard((job.uid, CONFIG_MAPS.kind, name))
         self._store.forget_config_map(job.uid, name)
@@ -216,8 +227,13 @@ class Executor:
                 raise
 
 
-def _is_owned(document: dict[str, Any], job_uid: str) -> bool:
-    return any(owner.get("uid") == job_uid for owner in document["metadata"].get("ownerReferences") or ())
+def _is_predecessors(document: dict[str, Any], job: Job) -> bool:
+    """Whether a job of the same name, made before this one, owns it: the garbage collector takes it away."""
+    owners = document["metadata"].get("ownerReferences") or ()
+    return any(
+        owner.get("kind") == GRPOJOBS.kind and owner.get("name") == job.name and owner.get("uid") != job.uid
+        for owner in owners
+    )
 
 
 async def _all(steps: Iterable[Awaitable[None]]) -> None:

@@ -37,7 +37,8 @@ class LastWord:
     message: str
     step: int | None = None
     checkpoint: str | None = None
-    progress: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as in `/status`: epoch, reward, accuracy, ...
+    # as in `/status`: epoch, reward, accuracy, ...
+    progress: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Pod:
     @property
     def deleting(self) -> bool:
         return self.deletion_deadline is not None
+
+    @property
+    def over(self) -> bool:
+        """Nothing of it runs, and its devices are free; a sidecar may outlive the worker."""
+        return self.phase in ("Succeeded", "Failed")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from grpo_operator.loops import new_event_loop
 logger = logging.getLogger(__name__)
 
 Document = dict[str, Any]
-Deliver = Callable[[Resource, Document, bool], None]  # resource, object, whether it is gone
+Deliver = Callable[[Resource, Document, str | None], None]  # resource, object, type of the event (None: listed)
 
 SELECTOR = f"{labels.MANAGED_BY}={labels.MANAGER}"
 JOIN_SECONDS = 10.0
@@ -50,11 +50,11 @@ def registry(deliver: Deliver) -> kopf.OperatorRegistry:
 
     @kopf.on.event(GRPOJOBS.group, GRPOJOBS.version, GRPOJOBS.plural, registry=made)
     async def job_event(event: Any, **_: Any) -> None:
-        deliver(GRPOJOBS, event["object"], event["type"] == "DELETED")
+        deliver(GRPOJOBS, event["object"], event["type"])
 
     @kopf.on.event(PODS.version, PODS.plural, registry=made)
     async def pod_event(event: Any, **_: Any) -> None:
-        deliver(PODS, event["object"], event["type"] == "DELETED")
+        deliver(PODS, event["object"], event["type"])
 
     return made
 
@@ -93,9 +93,9 @@ class WatchThread:
         self._stop.set()
         await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
 
-    def _hand_over(self, resource: Resource, document: Document, gone: bool) -> None:
+    def _hand_over(self, resource: Resource, document: Document, kind: str | None) -> None:
         try:
-            self._main.call_soon_threadsafe(self._deliver, resource, document, gone)
+            self._main.call_soon_threadsafe(self._deliver, resource, document, kind)
         except RuntimeError:  # the main loop has ended: so does this process
             self._stop.set()
 

@@ -1,6 +1,6 @@
 """Prometheus metrics of the operator and of its jobs.
 
-Invariant: counters and histograms never carry an object's name; gauges of a job are made at each scrape from the jobs that exist, so they go
+Invariant: counters and histograms never carry an object's name, and of words that a job's own code chooses a bounded number; gauges of a job are made at each scrape from the jobs that exist, so they go
 with the job.
 """
 
@@ -16,6 +16,7 @@ from grpo_operator import clock
 from grpo_operator.facts import Job, Pod, Report
 
 RECONCILE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+REASONS_TOLD_APART = 200  # a process names its own reason when it ends
 FIRST_STEP_BUCKETS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
 
@@ -33,6 +34,7 @@ class OperatorMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._reasons: set[str] = set()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.reconciles = self._counter("grpo_operator_reconcile", "Reconciles by result (success, error).", "result")
@@ -77,7 +79,8 @@ class OperatorMetrics:
         for failure in after.status.failures or ():
             if (failure.pod_uid, failure.time) not in known:
                 counted = "true" if failure.counted else "false"
-                self.restarts.labels(failure.role or "", failure.reason or "", failure.action or "", counted).inc()
+                reason = self._bounded(failure.reason or "")
+                self.restarts.labels(failure.role or "", reason, failure.action or "", counted).inc()
         for result in ("Succeeded", "Failed"):
             if _is_true(after, result) and not _is_true(before, result):
                 self.finished.labels(result).inc()
@@ -85,6 +88,12 @@ class OperatorMetrics:
             started, reached = _unix(after.status.start_time), _unix(after.status.progress.last_progress_time)
             if started is not None and reached is not None:
                 self.first_step_seconds.observe(max(0.0, reached - started))
+
+    def _bounded(self, reason: str) -> str:
+        if reason not in self._reasons and len(self._reasons) >= REASONS_TOLD_APART:
+            return "Other"
+        self._reasons.add(reason)
+        return reason
 
 
 class WatchCollector(Collector):
@@ -153,11 +162,12 @@ class JobCollector(Collector):
 def _values(view: JobView) -> dict[str, float | None]:
     status = view.job.status
     progress, checkpoints = status.progress, status.checkpoints
-    staleness = (view.report.document.get("staleness") or {}) if view.report is not None else {}
+    staleness = view.report.document.get("staleness") if view.report is not None else None
+    mean = staleness.get("mean") if isinstance(staleness, dict) else None
     values: dict[str, float | None] = {
         "grpo_job_attempt": status.attempt,
         "grpo_job_counted_restarts": status.restarts,
-        "grpo_job_rollout_staleness_steps": staleness.get("mean"),
+        "grpo_job_rollout_staleness_steps": mean if isinstance(mean, float) else None,
     }
     if progress is not None:
         values |= {

@@ -4,6 +4,7 @@ Invariant: total: a pod that somebody has changed by hand, or that a newer Kuber
 """
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from grpo_operator.facts import Ended, LastWord, Pod, Waiting
 from grpo_operator.labels import ATTEMPT, CONTAINER, INDEX, ROLE, Role
 
 _LONG_AGO = datetime.fromtimestamp(0, UTC)
+_REASON = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")  # it becomes a condition's reason and a metric's label
 
 
 def read_pod(document: Mapping[str, Any]) -> Pod:
@@ -115,9 +117,9 @@ def _terminated(containers: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any
 def _last_word(text: str) -> LastWord | None:
     try:
         said = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # any image may have written it
         return None
-    if not isinstance(said, dict) or not isinstance(said.get("reason"), str):
+    if not isinstance(said, dict) or not isinstance(said.get("reason"), str) or not _REASON.fullmatch(said["reason"]):
         return None
     step, checkpoint = said.get("step"), said.get("checkpoint")
     return LastWord(

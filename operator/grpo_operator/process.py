@@ -5,6 +5,7 @@ when it loses the Lease, or when its watches end; in the last two cases with an 
 """
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -124,7 +125,11 @@ class Process:
         await self._list(api)
         await lease.acquire()
         keeping = asyncio.create_task(lease.keep(), name="lease")
-        await self._list(api)  # what changed while another one led
+        try:
+            await self._list(api)  # what changed while another one led
+        except BaseException:
+            keeping.cancel()  # else it would take the Lease again after `run` has given it back
+            raise
         executor = Executor(
             api, self._store, self._watches, EventRecorder(api, identity), reports, self._settings, self._token_key
         )
@@ -163,11 +168,11 @@ class Process:
     def _may_write(self) -> bool:
         return self._lease is not None and self._lease.held()
 
-    def _deliver(self, resource: Resource, document: dict[str, Any], gone: bool) -> None:
+    def _deliver(self, resource: Resource, document: dict[str, Any], kind: str | None) -> None:
         """An event of a watch, on the main loop."""
-        metadata, version = document["metadata"], version_of(document)
+        metadata, version, gone = document["metadata"], version_of(document), kind == "DELETED"
         self._metrics.watch_events.labels(resource.plural).inc()
-        self._watches.deliver(resource.plural, metadata["uid"], version, gone)
+        self._watches.deliver(resource.plural, metadata["uid"], version, gone, listed=kind is None)
         key: Key | None
         if resource is GRPOJOBS and gone:
             key = Key(metadata["namespace"], metadata["name"])
@@ -189,9 +194,10 @@ class Process:
             job = self._store.job(key)
             if job is None or job.spec is None:
                 continue
-            for pod in self._store.pods(job.uid):
+            for pod in self._store.pods(job):
                 if pod.role is Role.COORDINATOR and pod.phase == "Running" and pod.ip and pod.ended is None:
-                    yield Target(job, pod, build.coordinator_port(job))
+                    with contextlib.suppress(build.CannotBuild):  # then the operator did not make this pod
+                        yield Target(job, pod, build.coordinator_port(job))
 
     # ---- lists
 
@@ -230,17 +236,18 @@ class Process:
     async def _resync(self, api: Api) -> None:
         """List now and then, and when a watch seems to have missed something."""
         loop = asyncio.get_running_loop()
-        listed = loop.time()
+        listed, wanted = loop.time(), False
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             age = loop.time() - listed
-            if age > self._settings.resync_seconds or (
-                age > OVERDUE_SECONDS and self._watches.overdue_seconds() > OVERDUE_SECONDS
-            ):
+            wanted |= self._watches.take_gaps() or age > self._settings.resync_seconds
+            if wanted or (age > OVERDUE_SECONDS and self._watches.overdue_seconds() > OVERDUE_SECONDS):
                 try:
                     await self._list(api)
                 except ApiError as error:
                     logger.warning("The cluster could not be listed: %s", error)
+                else:
+                    wanted = False
                 listed = loop.time()
 
     # ---- start
@@ -283,7 +290,7 @@ class Process:
             job = self._store.job(key)
             if job is not None:
                 report = None if self._reports is None else self._reports.newest(job.uid)
-                yield JobView(job, self._store.pods(job.uid), report)
+                yield JobView(job, self._store.pods(job), report)
 
     def _add_gauges(self) -> None:
         gauge = self._metrics.gauge

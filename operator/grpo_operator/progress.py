@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from grpo_operator import clock
 from grpo_operator.draft import Draft
@@ -67,18 +67,28 @@ def _reached(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _take_checkpoints(draft: Draft, document: Mapping[str, Any]) -> None:
     """`checkpoint` is the newest; `checkpoints`, where the worker tells it, all that are kept."""
+    on_disk = [_checkpoint(item) for item in _mappings(document.get("checkpoints"))]
+    kept = sorted((item for item in on_disk if _is_own(item, draft)), key=lambda item: item.step)
     newest = _checkpoint(document.get("checkpoint"))
-    kept = [found for item in _mappings(document.get("checkpoints")) if (found := _checkpoint(item)) is not None]
-    newest = newest or max(kept, key=lambda item: item.step, default=None)
+    if not _is_own(newest, draft):
+        newest = kept[-1] if kept else None
     if newest is None:
         return
     before = draft.status.checkpoints or Checkpoints()
     if not kept:
         kept = [item for item in before.kept or [] if item.step < newest.step] + [newest]
-        kept = kept[-draft.spec.checkpoint.keep_last :]
+    kept = kept[-draft.spec.checkpoint.keep_last :]
     if before.last_step is None:
         draft.normal("CheckpointSaved", f"The first checkpoint: step {newest.step}, {newest.path}.")
     draft.update(checkpoints=Checkpoints(last_step=newest.step, path=newest.path, time=newest.time, kept=kept))
+
+
+def _is_own(found: KeptCheckpoint | None, draft: Draft) -> TypeGuard[KeptCheckpoint]:
+    """Not an older run's, which this one leaves alone."""
+    if found is None or draft.spec.checkpoint.resume != "never":
+        return found is not None
+    saved, begun = clock.parse(found.time), clock.parse(draft.status.start_time)
+    return saved is None or begun is None or saved >= begun
 
 
 def _hear_last_word(draft: Draft) -> None:

@@ -77,7 +77,7 @@ class Reconciler:
     def observe(self, job: Job) -> Observation:
         return Observation(
             job=job,
-            pods=self._store.pods(job.uid),
+            pods=self._store.pods(job),
             config_maps=self._store.config_maps(job.uid),
             report=self._reports.newest(job.uid),
         )

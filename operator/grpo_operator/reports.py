@@ -1,7 +1,8 @@
 """What the coordinators of running jobs say of themselves.
 
 Invariant: reading never blocks a reconcile: a poller asks each running coordinator every few seconds, with a short limit, and wakes the job
-only when the answer says something new. The last report of a coordinator outlives its pod until another pod's takes its place.
+only when the answer says something new. The last report of a coordinator outlives its pod until another pod's takes its place. What answers
+is a job's own code: nothing that it says, and nowhere that it points to, harms the operator or another job.
 """
 
 import asyncio
@@ -43,16 +44,17 @@ def url(pod: Pod, port: int, path: str) -> str:
 
 
 def news(document: dict[str, Any]) -> tuple[Any, ...]:
-    """What of a status is worth a reconcile when it changes."""
+    """What of a status is worth a reconcile when it changes. Raises CoordinatorSilent for one that no coordinator of ours writes."""
+    checkpoint, members = document.get("checkpoint") or {}, document.get("members") or []
+    if not isinstance(checkpoint, dict) or not isinstance(members, list):
+        raise CoordinatorSilent("not a status")
     return (
-        document.get("state"),
-        document.get("step"),
-        document.get("policy_version"),
-        document.get("incarnation"),
-        (document.get("checkpoint") or {}).get("step"),
+        *(document.get(key) for key in ("state", "step", "policy_version", "incarnation")),
+        checkpoint.get("step"),
         tuple(
-            (member.get("name"), member.get("state"), member.get("in_service"), member.get("weight_version"))
-            for member in document.get("members") or ()
+            tuple(member.get(key) for key in ("name", "state", "in_service", "weight_version"))
+            for member in members
+            if isinstance(member, dict)
         ),
     )
 
@@ -107,7 +109,10 @@ class Reports:
 
         async def one(target: Target) -> None:
             async with slots:
-                await self._ask(target)
+                try:
+                    await self._ask(target)
+                except Exception:  # whatever one job's code answered, the others are asked
+                    logger.exception("%s/%s: the report could not be taken.", target.job.namespace, target.job.name)
 
         await asyncio.gather(*(one(target) for target in targets))
 
@@ -115,13 +120,16 @@ class Reports:
         assert self._session is not None
         job, pod = target.job, target.pod
         try:
-            async with self._session.get(url(pod, target.port, "/status"), headers=self._headers(job)) as response:
+            async with self._session.get(
+                url(pod, target.port, "/status"), headers=self._headers(job), allow_redirects=False
+            ) as response:
                 if response.status != 200:
                     raise CoordinatorSilent(f"HTTP {response.status}")
                 document = json.loads(await _body(response))
                 if not isinstance(document, dict):
                     raise CoordinatorSilent("not a status")
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, CoordinatorSilent) as error:
+                told = news(document)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError, CoordinatorSilent) as error:
             self._count("error")
             silent = self._silent[pod.uid] = self._silent.get(pod.uid, 0) + 1
             if silent == SILENT_POLLS:
@@ -138,7 +146,7 @@ class Reports:
         was_silent = self._silent.pop(pod.uid, 0) >= SILENT_POLLS
         before = self._reports.get(job.uid)
         self._reports[job.uid] = Report(pod.uid, datetime.now(UTC), document)
-        if was_silent or before is None or before.pod_uid != pod.uid or news(before.document) != news(document):
+        if was_silent or before is None or before.pod_uid != pod.uid or news(before.document) != told:
             self._wake(job)
 
     async def stop(self, job: Job, pod: Pod) -> None:
@@ -146,7 +154,7 @@ class Reports:
         assert self._session is not None
         try:
             async with self._session.post(
-                url(pod, self._port_of(job), "/v1/stop"), headers=self._headers(job)
+                url(pod, self._port_of(job), "/v1/stop"), headers=self._headers(job), allow_redirects=False
             ) as response:
                 if response.status >= 300:
                     raise CoordinatorSilent(f"{pod.name}: the request to stop was answered HTTP {response.status}")

@@ -1,7 +1,8 @@
 """The operator's picture of the cluster: its jobs and their pods.
 
 Invariant: per object the newest version wins, whoever brought it (the watch, a list, or the answer to one of the operator's own requests);
-what has been seen gone never comes back. So a plan made after a write sees that write. Only the operator's main loop touches it.
+what has been seen gone never comes back. So a plan made after a write sees that write. Only the operator's main loop touches it. A pod is a
+job's when its namespace, its owner, its labels and its name all say so: labels alone can be put on any pod.
 
 resourceVersions are compared as numbers, which Kubernetes guarantees for its own kinds and for custom resources (KEP-5504).
 """
@@ -47,6 +48,20 @@ class _HeldPod:
 
 def version_of(document: Document) -> int:
     return int(document["metadata"].get("resourceVersion") or 0)
+
+
+def is_owned(document: Document, job_uid: str) -> bool:
+    """Whether the job controls the object; the API server allows one controller."""
+    owners = document["metadata"].get("ownerReferences") or ()
+    return any(owner.get("controller") and owner.get("uid") == job_uid for owner in owners)
+
+
+def _check_owner(document: Document, pod: Pod, job_name: str, job_uid: str) -> None:
+    """Raises ValueError."""
+    if not is_owned(document, job_uid):
+        raise ValueError(f"pod {pod.name}: its labels name job {job_name or '(none)'}, its owner references do not")
+    if pod.name != labels.pod_name(job_name, pod.role, pod.index):
+        raise ValueError(f"pod {pod.name}: no {pod.role.value} {pod.index} of job {job_name} is called so")
 
 
 class Store:
@@ -107,15 +122,18 @@ class Store:
         metadata, version = document["metadata"], version_of(document)
         uid = metadata["uid"]
         held = self._pods.get(uid)
+        if uid in self._gone or (held is not None and held.version >= version):
+            return None
         tags = metadata.get("labels") or {}
         job_uid, job_name = tags.get(labels.JOB_UID, ""), tags.get(labels.JOB, "")
-        if uid in self._gone or not job_uid or (held is not None and held.version >= version):
-            return None
         try:
             pod = self._read_pod(document)
+            _check_owner(document, pod, job_name, job_uid)
         except ValueError as error:  # carries the operator's labels, but somebody else made or changed it
             logger.warning("Ignored: %s", error)
-            return None
+            dropped = self._drop_pod(uid)
+            self._gone.pop(uid, None)  # it is there, and may become ours again
+            return None if dropped is None else dropped.job
         new = _HeldPod(version, Key(metadata["namespace"], job_name), job_uid, pod)
         siblings = self._pods_of.setdefault(job_uid, {})
         for other_uid, other in tuple(siblings.items()):
@@ -143,9 +161,11 @@ class Store:
             self._note_gone(uid, held.version)
         return held
 
-    def pods(self, job_uid: str) -> tuple[Pod, ...]:
+    def pods(self, job: Job) -> tuple[Pod, ...]:
         """Of one job, by name."""
-        return tuple(sorted((held.pod for held in self._pods_of.get(job_uid, {}).values()), key=lambda pod: pod.name))
+        held = self._pods_of.get(job.uid, {}).values()
+        own = (item.pod for item in held if item.job == Key(job.namespace, job.name))
+        return tuple(sorted(own, key=lambda pod: pod.name))
 
     def count(self) -> tuple[int, int]:
         """Jobs and pods."""
@@ -154,7 +174,8 @@ class Store:
     # ---- config maps: known by use, so that the operator needs no right to read any
 
     def note_config_map(self, job_uid: str, name: str) -> None:
-        self._config_maps.setdefault(job_uid, set()).add(name)
+        if job_uid not in self._gone:
+            self._config_maps.setdefault(job_uid, set()).add(name)
 
     def forget_config_map(self, job_uid: str, name: str) -> None:
         self._config_maps.get(job_uid, set()).discard(name)

@@ -140,7 +140,7 @@ async def test_too_many_failures_in_a_step_stop_the_job(
         if not stops:
             scorer.take_counts()
             return
-        with pytest.raises(DataError, match=r"reward\.function: . of . samples.*exception.*reward\.maxFailureRatio") as caught:  # fmt: skip
+        with pytest.raises(DataError, match=r"reward\.function: \S+:judge: . of . samples.*exception.*reward\.maxFailureRatio") as caught:  # fmt: skip
             scorer.take_counts()
     assert "the verifier is broken" in str(caught.value)
 

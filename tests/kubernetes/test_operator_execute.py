@@ -8,10 +8,10 @@ import pytest_asyncio
 from e2e.cluster import ControlPlane
 from operator_process import KEY, Cluster, install
 
-from grpo_operator import kubernetes_events
+from grpo_operator import build, kubernetes_events
 from grpo_operator.actions import CreatePod, DeletePod, Event, Plan
 from grpo_operator.api import GRPOJOBS, PODS, Api, ApiError, NotLeader
-from grpo_operator.execute import Executor, MovedOn
+from grpo_operator.execute import Blocked, Executor, MovedOn
 from grpo_operator.facts import Job, Observation, Pod
 from grpo_operator.jobs import read_job
 from grpo_operator.kubernetes_events import EventRecorder
@@ -42,7 +42,7 @@ class Bench:
         """The job as it is now."""
         self.store.update_job(self.cluster.control_plane.get("grpojob", "demo", "-n", self.cluster.namespace))
         job = self.job
-        return Observation(job, self.store.pods(job.uid))
+        return Observation(job, self.store.pods(job))
 
     @property
     def job(self) -> Job:
@@ -52,7 +52,7 @@ class Bench:
 
     @property
     def pods(self) -> tuple[Pod, ...]:
-        return self.store.pods(self.job.uid)
+        return self.store.pods(self.job)
 
 
 @pytest_asyncio.fixture
@@ -125,11 +125,62 @@ async def test_shared_objects_that_were_changed_or_deleted_come_back(bench: Benc
     seen = bench.look()
     await bench.executor.execute(seen, Plan(apply_shared=True))
     bench.cluster.kubectl("delete", "service", "demo")
+    bench.cluster.kubectl("delete", "configmap", build.config_map_name(bench.job))
     bench.cluster.kubectl("label", "networkpolicy", "--all", "grpo.dev/job-uid=x", "--overwrite")
     await bench.executor.execute(seen, Plan(apply_shared=True))
     assert len([child for child in bench.cluster.children() if child == "Service/demo"]) == 1
+    assert f"ConfigMap/{build.config_map_name(bench.job)}" in bench.cluster.children()
     (policy,) = bench.cluster.control_plane.get("networkpolicies", "-n", bench.cluster.namespace)["items"]
     assert policy["metadata"]["labels"]["grpo.dev/job-uid"] == bench.job.uid
+
+
+async def test_a_config_map_that_a_pod_template_named_is_not_deleted(bench: Bench):
+    seen = bench.look()
+    await bench.executor.execute(seen, Plan(apply_shared=True))
+    bench.cluster.kubectl("create", "configmap", "theirs", "--from-literal=a=b")
+    ours = build.config_map_name(bench.job)
+    await bench.executor.execute(seen, Plan(delete_config_maps=("theirs", ours, "absent")))
+    assert bench.cluster.control_plane.get("configmap", "theirs", "-n", bench.cluster.namespace)["data"] == {"a": "b"}
+    assert f"ConfigMap/{ours}" not in bench.cluster.children()
+
+
+async def test_a_coordinator_that_does_not_answer_holds_up_nothing(bench: Bench):
+    seen = bench.look()
+    await bench.executor.execute(seen, Plan(apply_shared=True, create_pods=(COORDINATOR,)))
+    (pod,) = bench.pods
+    stop = Plan(stop_coordinator=pod.name, delete_pods=(DeletePod(pod.name, pod.uid),))
+    await bench.executor.execute(bench.look(), stop)
+    assert bench.cluster.pods() == {}
+
+
+async def test_a_pod_whose_labels_somebody_took_away_is_in_the_way(bench: Bench):
+    seen = bench.look()
+    await bench.executor.execute(seen, Plan(apply_shared=True, create_pods=(COORDINATOR,)))
+    (pod,) = bench.pods
+    bench.cluster.kubectl("label", "pod", pod.name, "grpo.dev/job-uid-")
+    with pytest.raises(Blocked, match="is not this job's"):
+        await bench.executor.execute(seen, Plan(create_pods=(COORDINATOR,)))
+    assert bench.pods == ()
+
+
+async def test_a_job_made_again_waits_for_the_pods_of_the_one_before(bench: Bench):
+    seen = bench.look()
+    await bench.executor.execute(seen, Plan(apply_shared=True, create_pods=(COORDINATOR,)))
+    (pod,) = bench.pods
+    hold = '{"metadata": {"finalizers": ["example.com/hold"]}}'
+    bench.cluster.kubectl("patch", "pod", pod.name, "--type=merge", "-p", hold)
+    bench.cluster.kubectl("delete", "pod", pod.name, "--wait=false")
+    bench.cluster.kubectl("delete", "grpojob", "demo")
+    bench.cluster.submit()
+    again = bench.look()
+    for _ in range(2):
+        with pytest.raises(Blocked, match="is not gone yet"):
+            await bench.executor.execute(again, Plan(create_pods=(COORDINATOR,)))
+    events = bench.cluster.control_plane.get("events", "-n", bench.cluster.namespace)["items"]
+    assert not [event for event in events if event["reason"] == "NameTaken"]
+    bench.cluster.kubectl("patch", "pod", pod.name, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+    await bench.executor.execute(again, Plan(create_pods=(COORDINATOR,)))
+    assert [pod.role for pod in bench.pods] == [Role.COORDINATOR]
 
 
 async def test_an_event_said_again_and_again_is_one_event_with_a_count(bench: Bench, monkeypatch: pytest.MonkeyPatch):

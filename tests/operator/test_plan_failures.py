@@ -411,6 +411,17 @@ def test_a_rule_may_mend_what_would_fail_and_may_not_count() -> None:
     assert (world.truth("Failed"), world.status.attempt, world.status.uncounted_restarts) == ("False", 1, 1)
 
 
+@pytest.mark.parametrize(("name", "words"), [("flaky-disk", "flaky-disk"), (None, "failurePolicy.rules[1]")])
+def test_the_rule_that_decided_is_told(name: str | None, words: str) -> None:
+    rule = {"action": "RestartJob", "exitCodes": [137], **({"name": name} if name else {})}
+    world = running_world(failurePolicy={"rules": [{"action": "FailJob", "exitCodes": [99]}, rule]})
+    world.end("trainer-0", 137)
+    settle_after_second_word(world)
+    (failure,) = world.status.failures or []
+    assert f"RestartJob by rule {words}" in (failure.message or "")
+    assert any(f"RestartJob by rule {words}" in event for event in world.events)
+
+
 def test_a_rule_matches_a_condition_of_the_pod() -> None:
     rule = {"action": "FailJob", "podConditions": ["DisruptionTarget"]}
     world = running_world(failurePolicy={"rules": [rule]})
@@ -468,6 +479,40 @@ def test_engines_beyond_the_minimum_may_wait() -> None:
     world.tick(1000)
     world.settle()
     assert world.status.attempt == 0
+
+
+@pytest.mark.parametrize("operator_restarted", [False, True])
+def test_a_job_that_trains_is_not_restarted_for_engines_that_nobody_can_place(operator_restarted: bool) -> None:
+    world = running_world(failurePolicy={"startupTimeoutSeconds": 60.0})
+    world.edit(rollout={"replicas": 4})
+    world.settle()
+    for step in range(4, 10):
+        world.tick(30)
+        world.train(step)
+        world.settle()
+    if operator_restarted:
+        world.report = None
+        world.settle()
+    assert (world.status.attempt, world.status.failures) == (0, [])
+    assert not any(pod.deleting for pod in world.pods.values())
+
+
+def test_an_engine_that_waited_long_before_the_set_restarted_has_its_time_anew() -> None:
+    world = running_world(failurePolicy={"startupTimeoutSeconds": 60.0})
+    world.edit(rollout={"replicas": 3})
+    world.settle()
+    world.tick(300)
+    world.train(4)
+    world.end("trainer-0", 137)
+    settle_after_second_word(world)
+    world.run("coordinator", "trainer-0")
+    world.settle()
+    assert (world.status.attempt, world.status.rollout_attempt) == (1, 0)
+    world.tick(61)
+    world.settle()
+    assert (world.status.attempt, world.status.rollout_attempt) == (2, 2), (
+        "before its first step the job needs them all"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The life of a job: created, trained, suspended, scaled, finished; each by what the API server holds afterwards."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -102,6 +103,38 @@ def test_progress_and_checkpoints_come_from_the_report() -> None:
     assert sum("CheckpointSaved" in event for event in world.events) == 1
 
 
+@pytest.mark.parametrize(("resume", "last", "kept"), [("never", 4, [2, 4]), ("auto", 90, [80, 90])])
+def test_a_run_that_starts_anew_does_not_count_an_older_run_s_checkpoints(
+    resume: str, last: int, kept: list[int]
+) -> None:
+    world = World(document(checkpoint={"saveFreq": 2, "keepLast": 2, "resume": resume}))
+    world.settle()
+    world.run()
+    old = [{"step": step, "path": f"c/{step}", "time": world.now.timestamp() - 3600} for step in (90, 80)]
+    world.tick(20)
+    world.train(1, checkpoints=old)
+    world.settle()
+    assert (world.status.checkpoints is None) == (resume == "never")
+    new = [{"step": step, "path": f"c/{step}", "time": world.now.timestamp() + step} for step in (4, 2)]
+    world.tick(20)
+    world.train(4, checkpoints=[*old, *new])
+    world.settle()
+    found = world.status.checkpoints
+    assert found is not None and found.last_step == last
+    assert [item.step for item in found.kept or []] == kept
+
+
+def test_the_last_word_s_checkpoint_takes_the_place_of_the_oldest() -> None:
+    world = running_world(checkpoint={"saveFreq": 2, "keepLast": 2})
+    world.tick(20)
+    world.train(4, checkpoints=[{"step": 4, "path": "c/4", "time": 1.0}, {"step": 2, "path": "c/2", "time": 1.0}])
+    world.settle()
+    world.end("coordinator", 80, word=LastWord("Yielded", "stopped", 5, "c/global_step_5"))
+    world.settle()
+    found = world.status.checkpoints
+    assert found is not None and [item.step for item in found.kept or []] == [4, 5]
+
+
 @pytest.mark.parametrize(
     ("step", "saved", "frequency", "status"),
     [(1, None, 2, "Unknown"), (5, None, 2, "False"), (5, 4, 2, "True"), (4, 0, 2, "True"), (5, 0, 2, "False"), (9, None, 0, "Unknown")],
@@ -181,6 +214,19 @@ def test_success_is_sticky_and_ended_pods_stay() -> None:
     world.edit(rollout={"replicas": 3})
     world.settle()
     assert world.members == [] and world.truth("Succeeded") == "True"
+
+
+def test_a_sidecar_that_outlives_its_worker_does_not_keep_the_devices() -> None:
+    world = running_world()
+    world.end("trainer-0", 0)
+    world.change("trainer-0", phase="Running")
+    world.end("coordinator", 0)
+    world.settle()
+    assert world.truth("Succeeded") == "True" and not world.pods["demo-trainer-0"].deleting
+    world.tick(31)
+    world.settle()
+    assert world.pods["demo-coordinator"].ended is not None, "its log stays"
+    assert "demo-trainer-0" not in world.pods or world.pods["demo-trainer-0"].deleting
 
 
 def test_success_counts_though_a_trainer_died_at_the_end() -> None:
@@ -290,6 +336,7 @@ def test_a_coordinator_that_does_not_stop_loses_its_pods_after_the_grace_period(
     world.edit(suspend=True)
     world.settle()
     world.tick(59)
+    world.train(4, state="Stopping")
     world.settle()
     assert not any(pod.deleting for pod in world.pods.values())
     world.tick(2)
@@ -298,6 +345,26 @@ def test_a_coordinator_that_does_not_stop_loses_its_pods_after_the_grace_period(
     world.pods.clear()
     world.settle()
     assert world.truth("Suspended") == "True"
+
+
+def test_a_coordinator_that_cannot_be_reached_is_asked_by_sigterm_and_keeps_its_trainers() -> None:
+    world = running_world()
+    world.edit(suspend=True)
+    world.settle()
+    world.tick(21)
+    world.settle()
+    coordinator = world.pods["demo-coordinator"]
+    assert coordinator.deletion_deadline == world.now + timedelta(seconds=39), "what is left of the grace period"
+    assert [name for name, pod in world.pods.items() if pod.deleting] == ["demo-coordinator"]
+    world.tick(10)
+    world.end("coordinator", 80, word=LastWord("Yielded", "stopped after step 4", 4, "checkpoints/global_step_4"))
+    world.settle()
+    assert not world.pods["demo-trainer-0"].deleting, "it has been told, and ends by itself"
+    world.vanish("coordinator")
+    world.settle()
+    world.reap()
+    world.settle()
+    assert world.truth("Suspended") == "True" and "Saved at step 4" in (world.status.message or "")
 
 
 def test_suspend_before_the_coordinator_runs_deletes_at_once() -> None:

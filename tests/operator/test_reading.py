@@ -1,5 +1,6 @@
 """Pods and jobs of the API become facts."""
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -75,6 +76,20 @@ def test_a_running_pod_that_is_being_preempted() -> None:
 )  # fmt: skip
 def test_how_a_pod_ended(status: dict[str, Any], ended: Ended | None) -> None:
     assert read_pod(api_pod(status)).ended == ended
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[" * 4000,
+        json.dumps({"reason": "x" * 65}),
+        json.dumps({"reason": "two words"}),
+        json.dumps({"reason": ""}),
+    ],
+)
+def test_a_last_word_that_is_none_of_ours_is_text(said: str) -> None:
+    end = read_pod(api_pod(worker(terminated={"exitCode": 1, "finishedAt": AT, "message": said}))).ended
+    assert end is not None and end.last_word is None and end.message == said
 
 
 def test_what_a_pod_waits_for() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from grpo_operator.facts import Job, Pod
 from grpo_operator.labels import Role
@@ -30,19 +31,29 @@ class Coordinator:
         self.stops = 0
         self.port = 0
         self.delay_seconds = 0.0
+        self.body: str | None = None
+        self.redirect: str | None = None
+        self.visits: list[str] = []
 
     def app(self) -> web.Application:
         async def status(request: web.Request) -> web.Response:
             if request.headers.get("Authorization") != f"Bearer {job_token(KEY, 'j1')}":
                 raise web.HTTPUnauthorized
             await asyncio.sleep(self.delay_seconds)
-            return web.json_response(self.status)
+            if self.redirect is not None:
+                raise web.HTTPFound(self.redirect)
+            return web.json_response(self.status) if self.body is None else web.Response(text=self.body)
 
         async def stop(request: web.Request) -> web.Response:
             self.stops += 1
             return web.json_response({"stopping": True})
 
-        app = web.Application()
+        @web.middleware
+        async def note(request: web.Request, handler: Handler) -> web.StreamResponse:
+            self.visits.append(request.path)
+            return await handler(request)
+
+        app = web.Application(middlewares=[note])
         app.add_routes([web.get("/status", status), web.post("/v1/stop", stop)])
         return app
 
@@ -109,6 +120,29 @@ async def test_a_coordinator_that_hangs_costs_two_seconds(coordinator: Coordinat
     async with reports(coordinator, []) as reading:
         await reading.poll()
     assert asyncio.get_running_loop().time() - started < 4
+
+
+@pytest.mark.parametrize(
+    "body", ["[" * 100_000, '{"checkpoint": "none"}', '{"members": 3}', "[]", "no JSON", '{"state":' + "[" * 100_000]
+)
+async def test_an_answer_that_is_no_status_harms_nobody(coordinator: Coordinator, body: str):
+    coordinator.body = body
+    woken: list[Job] = []
+    async with reports(coordinator, woken) as reading:
+        await reading.poll()
+        assert reading.newest("j1") is None and woken == []
+        coordinator.body = '{"state": ["odd"], "members": [1, {"name": {}}]}'
+        await reading.poll()
+        await reading.poll()
+        assert reading.newest("j1") is not None and len(woken) == 1
+
+
+async def test_a_redirect_is_not_followed(coordinator: Coordinator):
+    coordinator.redirect = "/elsewhere"
+    async with reports(coordinator, []) as reading:
+        await reading.poll()
+        assert reading.newest("j1") is None
+    assert coordinator.visits == ["/status"]
 
 
 async def test_a_request_to_stop_reaches_the_coordinator_or_is_said_to_have_failed(coordinator: Coordinator):

@@ -32,6 +32,19 @@ def test_what_is_deleted_or_not_listed_is_not_waited_for():
     assert watches.overdue_seconds() == 0
 
 
+def test_a_watch_that_begins_anew_may_have_missed_an_end():
+    watches = Watches()
+    for uid in ("p1", "p2"):
+        watches.deliver("pods", uid, 1, gone=False, listed=True)
+    assert not watches.take_gaps(), "its first list"
+    watches.deliver("pods", "p1", 2, gone=False)
+    watches.deliver("grpojobs", "j1", 2, gone=False, listed=True)
+    assert not watches.take_gaps()
+    for uid in ("p1", "p3"):
+        watches.deliver("pods", uid, 3, gone=False, listed=True)
+    assert watches.take_gaps() and not watches.take_gaps()
+
+
 def test_an_operator_is_restarted_for_what_a_restart_cures_only():
     well = Vitals(True, 0, 0, 0, synced=True, leader="me")
     assert ailments(well) == [] and unready(well) == []

@@ -5,6 +5,8 @@ no new ConfigMap; any other change makes one, and pods keep the one that they we
 """
 
 import hashlib
+import json
+from functools import lru_cache
 from typing import Any
 
 from grpo_operator.build.errors import spec_of
@@ -40,11 +42,18 @@ def document(job: Job) -> dict[str, Any]:
 
 
 def render(job: Job) -> str:
-    return yaml_text(document(job))
+    return _rendered(json.dumps(document(job)))[0]
 
 
 def config_hash(job: Job) -> str:
-    return hashlib.sha256(render(job).encode()).hexdigest()[:HASH_LENGTH]
+    return _rendered(json.dumps(document(job)))[1]
+
+
+@lru_cache(maxsize=128)
+def _rendered(document_json: str) -> tuple[str, str]:
+    """Text and hash. Each pod of a job asks for them, and writing the YAML is the dearest part of making a pod."""
+    text = yaml_text(json.loads(document_json))
+    return text, hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
 def config_map_name(job: Job) -> str:

@@ -32,8 +32,13 @@ MERGE_KEYS = {
 def patched(pod: dict[str, Any], spec: Spec, role: Role) -> dict[str, Any]:
     """The pod with the job's patches: first the one for all roles, then the role's. Raises CannotBuild."""
     for patch in spec.runtime.pod_template.of(document_role(role)):
-        _refuse(patch, "runtime.podTemplate")
-        pod = merge(pod, patch)
+        try:
+            _refuse(patch, "runtime.podTemplate")
+            pod = merge(pod, patch)
+        except (TypeError, AttributeError) as error:  # the document's schema leaves most of a PodSpec open
+            raise CannotBuild(
+                f"runtime.podTemplate: this is no patch of a pod: {error}. See `kubectl explain pod.spec`."
+            ) from error
     return pod
 
 

@@ -4,7 +4,7 @@ Invariant: the same table as `grpo run` (`grpo_worker.exit_policy`), after the j
 is restarted while the job stops.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -28,11 +28,12 @@ Action = Literal["RestartPod", "RestartSet", "RestartJob", "FailJob"]
 
 @dataclass(frozen=True)
 class Decision:
-    """`elsewhere`: the node is to blame."""
+    """`elsewhere`: the node is to blame. `rule`: the job's rule that says so, by its name or place."""
 
     action: Action
     counted: bool
     elsewhere: bool = False
+    rule: str = ""
 
 
 def judge(draft: Draft) -> bool:
@@ -51,14 +52,14 @@ def decide(pod: Pod, draft: Draft) -> Decision:
     if pod.ended is not None:
         reasons |= {pod.ended.kube_reason, pod.ended.last_word.reason if pod.ended.last_word is not None else ""}
     code = pod.ended.exit_code if pod.ended is not None else None
-    for rule in draft.spec.failure_policy.rules:
+    for index, rule in enumerate(draft.spec.failure_policy.rules):
         if (
             (not rule.roles or pod.role.value in rule.roles)
             and (not rule.exit_codes or code in rule.exit_codes)
             and (not rule.pod_conditions or set(rule.pod_conditions) & set(pod.conditions))
             and (not rule.reasons or set(rule.reasons) & reasons)
         ):
-            return Decision(rule.action, rule.count, elsewhere)
+            return Decision(rule.action, rule.count, elsewhere, rule.name or f"failurePolicy.rules[{index}]")
     if _verdict(pod) is Verdict.FAIL:
         return Decision("FailJob", True)
     free = disrupted(pod) or pod.deleting or _verdict(pod) not in (Verdict.RESTART, Verdict.RESTART_ELSEWHERE)
@@ -67,7 +68,10 @@ def decide(pod: Pod, draft: Draft) -> Decision:
 
 def act(draft: Draft, pod: Pod, decision: Decision) -> None:
     """Carry a decision about this pod out."""
-    loss = Loss(pod.role, pod.index, diagnose.ended(pod, draft.spec), pod)
+    diagnosis = diagnose.ended(pod, draft.spec)
+    if decision.rule:
+        diagnosis = replace(diagnosis, message=f"{diagnosis.message} ({decision.action} by rule {decision.rule}.)")
+    loss = Loss(pod.role, pod.index, diagnosis, pod)
     if decision.elsewhere:
         restart.exclude_node(draft, pod)
     if decision.action == "FailJob":

@@ -17,7 +17,7 @@ def keep(draft: Draft) -> bool:
         return False
     finished = clock.parse(draft.status.completion_time) or draft.now
     farewell = finished + timedelta(seconds=FAREWELL_SECONDS if _ends_by_itself(draft) else 0)
-    running = [pod for pod in draft.seen.pods if pod.ended is None and not pod.deleting]
+    running = [pod for pod in draft.seen.pods if not pod.over and not pod.deleting]
     if running and draft.now < farewell:
         draft.wake_at(farewell)
         running = [pod for pod in running if not pod.started]

@@ -111,7 +111,8 @@ def _restart(draft: Draft, loss: Loss, action: str, counted: bool) -> None:
 
 def _give_up(draft: Draft, loss: Loss, counted: bool) -> None:
     limit = draft.spec.failure_policy.max_restarts
-    count = f"after {limit} restarts without progress (failurePolicy.maxRestarts)" if counted else "again and again"
+    times = f"{limit} restart{'s' * (limit != 1)}"
+    count = f"after {times} without progress (failurePolicy.maxRestarts)" if counted else "again and again"
     record(draft, loss, "FailJob", counted=counted)
     draft.fail(loss.diagnosis.reason, f"{member_name(loss.role, loss.index)} failed {count}. {loss.diagnosis.message}")
 

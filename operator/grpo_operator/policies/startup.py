@@ -1,12 +1,13 @@
 """Start-up: all pods that training needs run within failurePolicy.startupTimeoutSeconds, or all give their devices back.
 
 Invariant: no job holds devices for longer than that while it waits for others, so two half-scheduled jobs do not block each other for
-ever. Engines beyond rollout.minReplicas may wait as long as they like.
+ever. Engines beyond rollout.minReplicas may wait as long as they like, and so may all but one once the coordinator trains: a job that gets
+on is never restarted for an engine that it can do without.
 """
 
 from datetime import timedelta
 
-from grpo_operator import diagnose
+from grpo_operator import clock, diagnose
 from grpo_operator.diagnose import Diagnosis
 from grpo_operator.draft import Draft
 from grpo_operator.facts import Pod
@@ -29,8 +30,9 @@ def limit(draft: Draft) -> bool:
     if not needed:
         return False
     seconds = draft.spec.failure_policy.startup_timeout_seconds
-    first = min(needed, key=lambda pod: pod.created)
-    due = first.created + timedelta(seconds=seconds)
+    # engines may have waited since an earlier attempt
+    begun = min((pod.created for pod in draft.set_pods), default=draft.now)
+    due = max(begun, min(pod.created for pod in needed)) + timedelta(seconds=seconds)
     if draft.now < due:
         draft.wake_at(due)
         return False
@@ -55,8 +57,14 @@ def _needed(draft: Draft) -> list[Pod]:
         return members
     rollout = draft.spec.rollout
     running = sum(pod.started and pod.ended is None for pod in draft.rollouts)
-    enough = running >= (rollout.min_replicas or rollout.replicas)
+    enough = running >= (1 if _has_trained(draft) else rollout.min_replicas or rollout.replicas)
     return [pod for pod in (*members, *([] if enough else draft.rollouts)) if _waits(pod)]
+
+
+def _has_trained(draft: Draft) -> bool:
+    """The present coordinator has got past its start, as it says or, after the operator's own restart, as the status says."""
+    told = clock.parse(draft.status.progress.report_time) if draft.status.progress is not None else None
+    return draft.trains or (told is not None and draft.coordinator is not None and told > draft.coordinator.created)
 
 
 def _waits(pod: Pod) -> bool:

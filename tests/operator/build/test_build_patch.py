@@ -110,3 +110,9 @@ def unchecked(patch: dict[str, Any]) -> Job:
     fields = {"workspace": {"claimName": "work"}, "podTemplate": {"all": patch}}
     runtime = Runtime.model_validate(fields)
     return replace(job, spec=job.spec.model_copy(update={"runtime": runtime}))
+
+
+@pytest.mark.parametrize("env", [3, [{"name": []}]])
+def test_a_patch_that_is_no_pod_is_said_not_tried_for_ever(env: Any) -> None:
+    job = job_of(template(all={"spec": {"containers": [{"name": "worker", "env": env}]}}))
+    assert "runtime.podTemplate" in build.problem(job, SETTINGS)

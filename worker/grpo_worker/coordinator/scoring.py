@@ -74,7 +74,7 @@ class Scorer:
         tried = counts.scored + counts.failed
         if counts.failed > self._max_failure_ratio * tried:
             raise DataError(
-                f"reward.function: {counts.failed} of {tried} samples of this step could not be scored ({_kinds(counts)}), more than "
+                f"reward.function: {self._pool.function_name}: {counts.failed} of {tried} samples of this step could not be scored ({_kinds(counts)}), more than "
                 f"reward.maxFailureRatio = {self._max_failure_ratio:g}. The last one: {counts.last_message}"
             )
         return counts

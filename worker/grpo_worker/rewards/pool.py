@@ -99,6 +99,7 @@ class RewardPool:
         ):
             if not value > 0:
                 raise UsageError(f"{name}: {value} is not above 0.")
+        self.function_name = function_name
         self._setup = Setup(function_name, options, memory_limit_bytes)
         self._timeout_seconds = timeout_seconds
         self._startup_timeout_seconds = startup_timeout_seconds
