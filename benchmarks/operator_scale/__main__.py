@@ -18,6 +18,7 @@ peer's alternate, and each is asked for and judged by the same code.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=REPETITIONS_OF_ONE_JOB, help="of the rounds with one job")
     parser.add_argument("--profile", type=Path, help="cProfile's result of our operator's last process (it slows it)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite kill cleans up as Ctrl-C does
     kinds = [arguments.only] if arguments.only else KINDS
     result: dict[str, Any] = {"peer_version": peer.version(), "pods_per_job": 16}
     if "peer" in kinds:

@@ -1,7 +1,7 @@
 """Prometheus metrics of the operator and of its jobs.
 
-Invariant: counters and histograms never carry an object's name, and of words that a job's own code chooses a bounded number; gauges of a job are made at each scrape from the jobs that exist, so they go
-with the job.
+Invariant: counters and histograms never carry an object's name, and of words that a job's own code chooses a bounded number; gauges of a
+job are made at each scrape from the jobs that exist, so they go with the job.
 """
 
 from collections import Counter as Tally
