@@ -12,6 +12,7 @@ from grpo_worker.config import Spec
 from grpo_worker.exit_policy import killed
 
 _LONGEST = 1500  # characters of a message
+LOG_LINES = 3  # of a process that left no last word
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Diagnosis:
 
     reason: str
     message: str
+
+    @property
+    def sentence(self) -> str:
+        """The message as one that another sentence may follow."""
+        return self.message if self.message.endswith((".", "!", "?")) else f"{self.message}."
 
 
 def ended(pod: Pod, spec: Spec) -> Diagnosis:
@@ -34,16 +40,17 @@ def ended(pod: Pod, spec: Spec) -> Diagnosis:
         return Diagnosis(pod.disruption, _cut(f"{name} was disrupted ({pod.disruption}). {_words(end)}"))
     if end.kube_reason in ("Evicted", "NodeLost"):
         return Diagnosis(end.kube_reason, _cut(f"{name}: {_words(end) or end.kube_reason}"))
-    text = end.last_word.message if end.last_word is not None else end.message
+    said = end.last_word.message if end.last_word is not None else end.message
+    text = said if end.last_word is not None else _last_lines(said)  # without a last word it is the log's end
     for pattern, reason, advice in _KNOWN:
-        if re.search(pattern, text):
+        if re.search(pattern, said):
             known = end.last_word is not None and end.last_word.reason == reason  # it gives its own advice
             return Diagnosis(reason, _cut(f"{name}: {text}", "" if known else advice))
     if end.last_word is not None and end.last_word.reason not in ("UnexpectedError", "InternalError", "Completed"):
         return Diagnosis(end.last_word.reason, _cut(f"{name}: {text or end.last_word.reason}"))
     if end.exit_code is None:
         return Diagnosis(end.kube_reason, _cut(f"{name} never ran: {_words(end) or end.kube_reason}"))
-    if killed(end.exit_code) and not text:
+    if killed(end.exit_code) and end.last_word is None:
         return Diagnosis("Killed", f"{name} was killed (exit code {end.exit_code}). {_killed_advice(pod, spec)}")
     if end.exit_code == 0:
         return Diagnosis("Ended", f"{name} ended while the job goes on.")
@@ -155,6 +162,10 @@ def _placement_advice(pod: Pod, spec: Spec) -> str:
 
 def _words(end: Ended) -> str:
     return end.message or (end.last_word.message if end.last_word is not None else "")
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-LOG_LINES:])
 
 
 def _cut(text: str, advice: str = "") -> str:

@@ -48,6 +48,8 @@ MISSING = "data.trainFiles[0]: train.parquet has no column 'reward' (columns: pr
          ["network.socketInterface", "NCCL_DEBUG", "trainer.processGroupTimeoutSeconds"]),
         (ended(Role.COORDINATOR, 65, said=("InvalidData", "reward.function: 8 of 8 samples could not be scored. The last one: no result within 5 s (reward.timeoutSeconds)")),
          "RewardTimeout", ["reward.timeoutSeconds", "hangs"]),
+        (ended(Role.ROLLOUT, 137, message="step 6\nweights of version 6 are in"), "Killed", ["kubectl describe pod"]),
+        (ended(Role.TRAINER, 1, message="a\nb\nc\nd\ne"), "UnexpectedError", ["ended with exit code 1: c d e"]),
         (ended(Role.ROLLOUT, 137), "Killed", ["kubectl describe pod demo-rollout-0", "limits.memory"]),
         (ended(Role.ROLLOUT, None, "Evicted", message="The node was low on resource: memory."), "Evicted", ["low on resource"]),
         (ended(Role.TRAINER, 70, said=("UnexpectedError", "KeyError: 'x'")), "UnexpectedError", ["KeyError: 'x'", "70"]),

@@ -56,7 +56,7 @@ def replace_rollout(draft: Draft, pod: Pod, diagnosis: Diagnosis, *, counted: bo
         draft.update(budget=charged.budget)
     record(draft, loss, "RestartPod", counted=counted and not part)
     _add_restarts(draft, {Role.ROLLOUT})
-    draft.warning(loss.diagnosis.reason, f"{loss.diagnosis.message} Replacing it; training goes on.")
+    draft.warning(loss.diagnosis.reason, f"{loss.diagnosis.sentence} Replacing it; training goes on.")
 
 
 def exclude_node(draft: Draft, pod: Pod) -> None:
@@ -105,8 +105,8 @@ def _restart(draft: Draft, loss: Loss, action: str, counted: bool) -> None:
     step = draft.status.checkpoints.last_step if draft.status.checkpoints is not None else None
     origin = f"from the checkpoint of step {step}" if step is not None else "from the start"
     what = "all pods" if whole else "coordinator and trainers"
-    draft.condition("Restarting", "True", loss.diagnosis.reason, f"{loss.diagnosis.message} Attempt {attempt}.")
-    draft.warning(loss.diagnosis.reason, f"{loss.diagnosis.message} Restarting {what} {origin}.")
+    draft.condition("Restarting", "True", loss.diagnosis.reason, f"{loss.diagnosis.sentence} Attempt {attempt}.")
+    draft.warning(loss.diagnosis.reason, f"{loss.diagnosis.sentence} Restarting {what} {origin}.")
 
 
 def _give_up(draft: Draft, loss: Loss, counted: bool) -> None:
