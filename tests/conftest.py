@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from e2e.cluster.build import build
+from e2e.cluster.recipe import CONTROL_PLANE
 
 FOLDERS = ("kubernetes", "chart")
 
@@ -16,7 +18,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shutil.which("go") is not None or os.environ.get("GRPO_NEED_KUBERNETES"):
         return
     skip = pytest.mark.skip(reason="no Go (1.26 or newer) to build kube-apiserver with; see docs/development.md")
-    root = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(root).parts[0] in FOLDERS:
+        if _needs_kubernetes(item):
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what the cache lacks before the first test: on a new machine that takes longer than a test may."""
+    needed = [item for item in session.items if _needs_kubernetes(item) and item.get_closest_marker("skip") is None]
+    if needed and not session.config.getoption("collectonly"):
+        build([*CONTROL_PLANE, "helm", "kubeconform"])
+
+
+def _needs_kubernetes(item: pytest.Item) -> bool:
+    return any(item.path.is_relative_to(Path(__file__).parent / folder) for folder in FOLDERS)
