@@ -55,6 +55,18 @@ def test_an_image_that_cannot_be_pulled_is_named(tenant: Tenant) -> None:
     job.delete()
 
 
+def test_an_engine_that_is_killed_for_its_memory_is_told_what_to_raise(tenant: Tenant) -> None:
+    limits = {"rollout": {"limits": {"memory": "300Mi"}}}
+    job = tenant.submit("memory", runtime={"resources": limits}, failurePolicy={"maxRestarts": 1, "backoffSeconds": 1})
+    condition = failed(job)
+    assert condition["reason"] == "OOMKilled", condition
+    for words in ("runtime.resources.rollout.limits.memory (now 300Mi)", "gpuMemoryUtilization", "shmSize"):
+        assert words in condition["message"], condition
+    failure = job.status()["failures"][0]
+    assert failure["role"] == "rollout" and failure["exitCode"] == 137
+    job.delete()
+
+
 def test_a_reward_that_hangs_is_cut_off_and_ends_the_job(tenant: Tenant) -> None:
     tenant.write("hanging.py", HANGING)
     job = tenant.submit(

@@ -11,7 +11,7 @@ leading) and does not give the Lease back on exit.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -44,10 +44,14 @@ class Lease:
     def held(self) -> bool:
         return self._valid_until is not None and self._clock() < self._valid_until
 
-    async def acquire(self) -> None:
-        """Returns when this operator leads."""
-        said = ""
+    async def acquire(self, before_waiting: Callable[[], Awaitable[None]]) -> None:
+        """Returns when this operator leads. `before_waiting` is done once, when it cannot lead at once."""
+        said, prepared = "", False
         while not await self._try():
+            if not prepared:
+                prepared = True
+                await before_waiting()
+                continue
             if self.leader and self.leader != said:
                 said = self.leader
                 logger.info("%s leads; waiting for its Lease %s/%s.", said, self._namespace, self._name)

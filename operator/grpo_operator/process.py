@@ -122,8 +122,7 @@ class Process:
 
     async def _lead(self, api: Api, reports: Reports, lease: Lease, identity: str) -> None:
         """Wait for the Lease, then work while it is held. Cancelled to stop: running reconciles are finished first."""
-        await self._list(api)
-        await lease.acquire()
+        await lease.acquire(lambda: self._list(api))  # who waits for another one is ready to follow
         keeping = asyncio.create_task(lease.keep(), name="lease")
         try:
             await self._list(api)  # what changed while another one led
