@@ -1,6 +1,6 @@
 """A role of a job that trains nothing: it ends as the files of its run directory tell it to.
 
-The coordinator ends with 80 when it is asked to stop, and the others, which it tells, with 0, as the real ones do. `<member>.ends` holds one JSON object a line, one for each start, in order: {"code": 65, "reason": ..., "message": ...}, {"signal": 9}, or
+The coordinator ends with 80 when it is asked to stop, and the others, which it tells, with 0, as the real ones do. `<member>.ends` holds one JSON object a line, one for each start, in order: {"code": 65, "reason": ..., "message": ...}, {"signal": 9}, {"when_told": 143} (its code when it is asked to stop), or
 {} to live on. `starts.jsonl` records each start. The file `step` is the coordinator's step; the file `finish` ends everybody with 0.
 """
 
@@ -51,12 +51,12 @@ def main() -> None:
     start = {"name": NAME, "pid": os.getpid(), "environment": dict(os.environ)}
     with (RUN / "starts.jsonl").open("ab", buffering=0) as file:
         file.write((json.dumps(start) + "\n").encode())  # one append: others write to the file too
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     print(f"{NAME} runs as {sys.argv[1]}", flush=True)
     told = directive()
     if NAME == "coordinator":
         server = HTTPServer(("127.0.0.1", int(os.environ["GRPO_COORDINATOR_PORT"])), Status)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     if "signal" in told:
         os.kill(os.getpid(), told["signal"])
     if "code" in told:
@@ -68,6 +68,9 @@ def main() -> None:
         if (RUN / "finish").exists() or (NAME != "coordinator" and set(RUN.glob("farewell-*")) - before):
             sys.exit(0)
         time.sleep(0.01)
+    if "when_told" in told:
+        last_word("Terminated", "told to end while starting")
+        sys.exit(told["when_told"])
     if NAME == "coordinator":
         (RUN / f"farewell-{os.getpid()}").touch()  # the others hear of it with their next heartbeat
         last_word("Yielded", "stopped after step 1 of 9 (SIGTERM)")

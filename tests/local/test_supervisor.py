@@ -309,6 +309,15 @@ def test_a_signal_saves_and_stops(run: Run, number: int) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_coordinator_that_is_stopped_while_it_starts_has_nothing_to_save(run: Run) -> None:
+    run.ends("coordinator", {"when_told": 143})
+    with (
+        run.meanwhile(lambda: until(lambda: run.view.steps), lambda: os.kill(os.getpid(), signal.SIGINT)),
+        pytest.raises(YieldedError, match="stopped while the coordinator was starting"),
+    ):
+        run.go()
+
+
 def test_a_job_over_its_deadline_is_saved_and_fails(run: Run) -> None:
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"activeDeadlineSeconds: the job ran longer than 1 s\. Its state is saved"):

@@ -22,6 +22,11 @@ def prompts_in_data_order(workspace: Workspace, job: Path, count: int, monkeypat
     return [prompt.uid for prompt, _ in zip(data.iterate(), range(count), strict=False)]
 
 
+def generations(run: Run) -> int:
+    """How often prompts have been sent out."""
+    return sum(event["reason"] == "Rollout" for event in run.lines("events.jsonl"))
+
+
 def test_no_prompt_is_lost_or_trained_twice(tmp_path: Path, monkeypatch: Any) -> None:
     workspace = Workspace.make(tmp_path)
     job = workspace.job(
@@ -37,7 +42,8 @@ def test_no_prompt_is_lost_or_trained_twice(tmp_path: Path, monkeypatch: Any) ->
     )
     with Run(workspace, job, "run") as run:
         run.wait_until(lambda: run.steps() >= 2)
-        old = run.pids()
+        old, sent = run.pids(), generations(run)
+        run.wait_until(lambda: generations(run) > sent)  # prompts are with both servers now
         os.kill(old["rollout-1"], signal.SIGKILL)
         run.wait_until(lambda: run.pids().get("rollout-1", old["rollout-1"]) != old["rollout-1"])
         killed_at = run.steps()

@@ -55,6 +55,7 @@ POLL_SECONDS = 0.25
 STATUS_TIMEOUT_SECONDS = 2.0
 TOLD_TO_STOP_SECONDS = 30.0  # after a worker ended as told, for the coordinator to end too
 END_GRACE_SECONDS = 10.0
+ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class Supervisor:
@@ -230,6 +231,8 @@ class Supervisor:
         scope = "rollout" if decision.action is Action.RESTART_ROLLOUT else "set"
         budget = self._budgets[scope]
         wait = budget.charge(decision)
+        if self._interrupts and decision.culprit == "coordinator" and culprit.code in ENDED_BY_SIGTERM:
+            raise YieldedError("stopped while the coordinator was starting")  # later it has a handler, and saves
         # While the job stops, the step under way may still need its engines; without trainer and coordinator there is no step.
         if wait is None or (scope == "set" and (self._interrupts or self._timed_out)):
             raise self._failure(
