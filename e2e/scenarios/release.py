@@ -40,7 +40,10 @@ class Release:
         )
 
     def uninstall(self) -> str:
-        return self.cluster.helm("uninstall", NAME, "--namespace", NAMESPACE, "--wait", "--timeout=120s")
+        """Nothing to do where the cluster itself was made anew meanwhile."""
+        return self.cluster.helm(
+            "uninstall", NAME, "--namespace", NAMESPACE, "--ignore-not-found", "--wait", "--timeout=120s"
+        )
 
     def test(self) -> str:
         """`helm test`."""

@@ -1,4 +1,4 @@
-"""The chart on a real cluster: an upgrade changes the operator and nothing of its jobs."""
+"""The chart on a real cluster: upgrade, uninstall and install change the operator and nothing of its jobs."""
 
 from e2e.scenarios.release import NAMESPACE, Release
 from e2e.scenarios.training import Tenant
@@ -12,7 +12,9 @@ def token_keys(release: Release) -> list[tuple[str, str]]:
     ]
 
 
-def test_an_upgrade_keeps_the_token_key_the_jobs_and_their_pods(release: Release, tenant: Tenant) -> None:
+def test_a_job_trains_on_while_its_operator_is_upgraded_removed_and_installed_again(
+    release: Release, tenant: Tenant
+) -> None:
     job = tenant.submit("upgraded", trainer={"testFreq": 0}, checkpoint={"saveFreq": 0})
     job.until_step(1)
     before, pods, operator = token_keys(release), job.pods(), release.pods()
@@ -26,6 +28,13 @@ def test_an_upgrade_keeps_the_token_key_the_jobs_and_their_pods(release: Release
     job.until_step(step + 2)
     assert {pod["metadata"]["uid"] for pod in job.pods().values()} == {pod["metadata"]["uid"] for pod in pods.values()}
 
+    release.uninstall()
+    assert not release.pods()
+    assert token_keys(release) == before  # kept, as the CRD and with it the jobs are
     release.install()
     release.wait_ready()
+    step = job.step()
+    job.until_step(step + 2)
+    assert {pod["metadata"]["uid"] for pod in job.pods().values()} == {pod["metadata"]["uid"] for pod in pods.values()}
+    assert job.status()["restarts"] == 0 and job.status()["attempt"] == 0
     job.delete()
