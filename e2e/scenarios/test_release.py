@@ -1,5 +1,6 @@
 """The chart on a real cluster: upgrade, uninstall and install change the operator and nothing of its jobs."""
 
+from e2e.cluster.host import wait_until
 from e2e.scenarios.release import NAMESPACE, Release
 from e2e.scenarios.training import Tenant
 
@@ -29,7 +30,7 @@ def test_a_job_trains_on_while_its_operator_is_upgraded_removed_and_installed_ag
     assert {pod["metadata"]["uid"] for pod in job.pods().values()} == {pod["metadata"]["uid"] for pod in pods.values()}
 
     release.uninstall()
-    assert not release.pods()
+    wait_until(lambda: not release.pods(), "the operator to be gone", timeout_seconds=90)
     assert token_keys(release) == before  # kept, as the CRD and with it the jobs are
     release.install()
     release.wait_ready()

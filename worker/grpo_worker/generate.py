@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from grpo_worker.data.tokenizer import TokenizerInfo
     from grpo_worker.protocol.messages import GenerateRequest
 
+DEFAULT_MAX_TOKENS = 256
 CHECKPOINTS_DIRECTORY = "checkpoints"
 # A context for models whose config.json names none.
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -57,7 +58,7 @@ def generate(
     *,
     temperature: float = 0.3,
     top_p: float = 0.9,
-    max_tokens: int = 256,
+    max_tokens: int | None = None,
     n: int = 1,
     seed: int = 1,
     system_prompt: str | None = None,
@@ -70,7 +71,7 @@ def generate(
 
     Args:
         temperature: 0 is greedy.
-        max_tokens: longest completion; prompt and completion together must fit the model's context.
+        max_tokens: longest completion; prompt and completion together must fit the model's context. None is 256, or half of a shorter context.
         system_prompt, chat_template: as data.systemPrompt and data.chatTemplate of the training.
         timeout_seconds: limit of the generation, after the engine has started.
 
@@ -78,7 +79,7 @@ def generate(
         UsageError: an argument out of range, or a prompt that does not fit. DataError: no usable model or tokenizer.
         CheckpointDamagedError: the manifest does not match. RetryableError: not done in time.
     """
-    check_sampling(temperature, top_p, max_tokens, n, seed)
+    check_sampling(temperature, top_p, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, n, seed)
     if not prompts:
         raise UsageError("no prompt: give --prompt or --prompts-file.")
     model = find_model(Path(checkpoint))
@@ -89,6 +90,8 @@ def generate(
 
     info = load_tokenizer(str(model))
     context_tokens = _context_tokens(model)
+    if max_tokens is None:
+        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, context_tokens // 2))
     token_ids = encode_prompts(info, prompts, context_tokens - max_tokens, max_tokens, system_prompt, chat_template)
     request = GenerateRequest(
         request_id="generate",

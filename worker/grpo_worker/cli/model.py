@@ -22,7 +22,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     answer.add_argument("--temperature", type=float, default=0.3, help="default 0.3; 0 is greedy")
     answer.add_argument("--top-p", type=float, default=0.9, help="default 0.9")
     answer.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
-    answer.add_argument("--max-tokens", type=int, default=256, help="longest completion in tokens, default 256")
+    answer.add_argument(
+        "--max-tokens", type=int, help="longest completion in tokens, default 256, or half of a shorter context"
+    )
     answer.add_argument("--n", type=int, default=1, help="completions of each prompt, default 1")
     answer.add_argument("--seed", type=int, default=1, help="default 1")
     answer.add_argument("--system-prompt", help="as data.systemPrompt of the training")
