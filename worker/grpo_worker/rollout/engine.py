@@ -9,6 +9,7 @@ by feature (`weight_versions` on outputs, `finish_weight_update(weight_version)`
 """
 
 import asyncio
+import gc
 import inspect
 import itertools
 import json
@@ -417,6 +418,8 @@ class RolloutEngine:
         """End the engine's processes."""
         if self._llm is not None:
             self._llm.shutdown()
+            self._llm = None
+            gc.collect()  # its finalizer shuts down once more, and fails when it runs after its modules are gone
         self._staging.close()
 
     def _dead_error(self) -> GRPOError:
