@@ -205,3 +205,15 @@ def test_a_process_that_is_told_to_end_while_it_starts_ends_at_once(job: Path, t
     finally:
         process.kill()
     assert json.loads(termination.read_text())["reason"] == "Terminated"
+
+
+def test_the_first_process_of_a_container_hears_sigterm_while_it_still_imports() -> None:
+    program = (
+        "import os, signal\n"
+        "os.getpid = lambda: 1\n"  # as in a container
+        "import grpo_worker.first_process\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+        "signal.pause()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], timeout=30, check=False)
+    assert done.returncode == 143

@@ -4,6 +4,9 @@ Invariant: the process ends with an exit code of the contract (`grpo_worker.erro
 message, says why in one JSON object. Heavy imports happen in the role that needs them.
 """
 
+import grpo_worker.first_process  # noqa: F401  before what takes time
+
+# isort: split
 import argparse
 import ctypes
 import json
