@@ -12,38 +12,32 @@ Parts, in seconds since the apply or the kill:
     python -m benchmarks.cluster_recovery          # needs root, as `make e2e`
 """
 
+import calendar
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from e2e.cluster import node
-from e2e.cluster.images import base_image, build_image, load_image
+from e2e.cluster.host import wait_until
+from e2e.cluster.images import PROJECT_IMAGES, build_project_image, load_image
 from e2e.scenarios.containers import kill_container
 from e2e.scenarios.release import Release
-from e2e.scenarios.training import REPOSITORY, Job, Tenant
+from e2e.scenarios.training import Job, Tenant
 
 POLL_SECONDS = 0.3
 LIMIT_SECONDS = 400.0
-ROLES = ("coordinator", "trainer", "rollout")
 
 
 @contextmanager
 def operator() -> Iterator[Release]:
     """A node with the chart installed from this tree."""
-    sys.stdout.flush()
     found = node.running()
     cluster = found or node.up()
     try:
-        for name, arguments in (("grpo-operator", {}), ("grpo-worker", {"DEVICE": "cpu"})):
-            build_image(
-                REPOSITORY / f"Dockerfile.{name.removeprefix('grpo-')}",
-                name,
-                REPOSITORY,
-                {"BASE_IMAGE": base_image(), **arguments},
-            )
+        for name in PROJECT_IMAGES:
+            build_project_image(name)
             load_image(cluster, name)
         release = Release(cluster, cluster.image("grpo-operator"), cluster.image("grpo-worker"))
         release.install()
@@ -65,29 +59,19 @@ def running(job: Job) -> bool:
     return bool(statuses) and all(s and all("running" in c["state"] for c in s) for s in statuses)
 
 
-def ready(job: Job, pods: int) -> bool:
-    good = [
-        pod
-        for pod in job.pods().values()
-        if any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))
-    ]
-    return len(good) == pods
-
-
 def stepped(job: Job, since: float) -> bool:
     """A step was finished after `since`, a time on the clock of the day."""
     text = (job.status().get("progress") or {}).get("lastProgressTime")
-    return text is not None and time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")) - time.timezone > since + 1
+    return text is not None and calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")) > since + 1
 
 
 def measure(parts: dict[str, Callable[[], bool]]) -> dict[str, float]:
-    """Seconds until each part holds, asked in their order from now. Raises TimeoutError."""
-    began, times = time.monotonic(), {}
+    """Seconds until each part holds, asked in their order from now. Raises ClusterError."""
+    began = time.monotonic()
+    times: dict[str, float] = {}
     for name, holds in parts.items():
-        while not holds():
-            if time.monotonic() - began > LIMIT_SECONDS:
-                raise TimeoutError(f"{name} did not come within {LIMIT_SECONDS:.0f} s; so far {times}")
-            time.sleep(POLL_SECONDS)
+        left = began + LIMIT_SECONDS - time.monotonic()
+        wait_until(holds, name, timeout_seconds=left, every_seconds=POLL_SECONDS, explain=lambda: f"so far {times}")
         times[name] = round(time.monotonic() - began, 1)
     return times
 
@@ -102,7 +86,7 @@ def kill_set(job: Job, role: str, member: str, pods: int) -> dict[str, float]:
             "noticed": lambda: job.status()["attempt"] > attempt,
             "pods": lambda: len(new := uids(job, "coordinator", "trainer")) == len(before) and not new & before,
             "started": lambda: running(job),
-            "ready": lambda: ready(job, pods),
+            "ready": lambda: job.ready() == pods,
             "step": lambda: stepped(job, since),
         }
     )
@@ -125,7 +109,7 @@ def main() -> None:
             {
                 "pods": lambda: len(job.pods()) == pods,
                 "started": lambda: running(job),
-                "ready": lambda: ready(job, pods),
+                "ready": lambda: job.ready() == pods,
                 "step": lambda: stepped(job, since),
             }
         )
@@ -144,7 +128,7 @@ def main() -> None:
                 "pods": lambda: len(job.uids("rollout")) == 2,
                 "step": lambda: job.step() > step,  # on the engine that is left
                 "started": lambda: running(job),
-                "ready": lambda: ready(job, pods),
+                "ready": lambda: job.ready() == pods,
             }
         )
         release.kill_operator()

@@ -14,10 +14,9 @@ import pytest
 from e2e.cluster import node
 from e2e.cluster.build import build
 from e2e.cluster.existing import ExistingCluster
-from e2e.cluster.images import base_image, build_image, load_image
+from e2e.cluster.images import base_image, build_project_image, load_image
 from e2e.cluster.node import Node
 
-REPOSITORY = Path(__file__).parents[1]
 _parts: list[tuple[str, float]] = []  # what the session spent on its cluster, in seconds
 
 
@@ -72,21 +71,21 @@ def own_node(cluster: Node | ExistingCluster) -> Node:
 @pytest.fixture(scope="session")
 def operator_image(cluster: Node | ExistingCluster) -> str:
     """The operator's image, built from this tree and loaded."""
-    return _image(cluster, "grpo-operator", "Dockerfile.operator", {})
+    return _image(cluster, "grpo-operator")
 
 
 @pytest.fixture(scope="session")
 def worker_image(cluster: Node | ExistingCluster) -> str:
     """The worker's image for CPU, built from this tree and loaded."""
-    return _image(cluster, "grpo-worker", "Dockerfile.worker", {"DEVICE": "cpu"})
+    return _image(cluster, "grpo-worker")
 
 
-def _image(cluster: Node | ExistingCluster, name: str, dockerfile: str, build_arguments: dict[str, str]) -> str:
+def _image(cluster: Node | ExistingCluster, name: str) -> str:
     if isinstance(cluster, Node):
         with _timed("base image made or found"):
-            base = base_image()
+            base_image()
         with _timed(f"{name} built"):
-            build_image(REPOSITORY / dockerfile, name, REPOSITORY, {"BASE_IMAGE": base, **build_arguments})
+            build_project_image(name)
         with _timed(f"{name} loaded"):
             load_image(cluster, name)
     return cluster.image(name)

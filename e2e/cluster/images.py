@@ -28,6 +28,13 @@ _PACKAGES = ("ca-certificates", "python-is-python3", "python3", "python3-pip", "
 _CUSTOMIZE = 'rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED'
 CERTIFICATES = Path("/etc/ssl/certs")
 
+REPOSITORY = Path(__file__).parents[2]
+# The project's own images: Dockerfile and build arguments.
+PROJECT_IMAGES: dict[str, tuple[str, dict[str, str]]] = {
+    "grpo-operator": ("Dockerfile.operator", {}),
+    "grpo-worker": ("Dockerfile.worker", {"DEVICE": "cpu"}),
+}
+
 
 def base_image() -> str:
     """The stand-in of the Python base image, made when the cache lacks it (about 70 s); its name for a build argument."""
@@ -73,6 +80,12 @@ def build_image(dockerfile: Path, name: str, context: Path, build_arguments: Map
     run([*command, context], timeout_seconds=BUILD_SECONDS)
     say(f"Built {image_reference(name)} in {time.monotonic() - started:.1f} s.")
     return image_reference(name)
+
+
+def build_project_image(name: str) -> str:
+    """Build one of the project's images from this tree, on the stand-in of the base image."""
+    dockerfile, build_arguments = PROJECT_IMAGES[name]
+    return build_image(REPOSITORY / dockerfile, name, REPOSITORY, {"BASE_IMAGE": base_image(), **build_arguments})
 
 
 def load_image(node: Node, name: str) -> str:

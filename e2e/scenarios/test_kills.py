@@ -9,14 +9,6 @@ from e2e.scenarios.training import Job, Tenant
 STEPS = 40
 
 
-def in_service(job: Job) -> int:
-    """Rollout pods that the kubelet calls ready: their own probe says that they serve current weights."""
-    return sum(
-        any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))
-        for pod in job.pods("rollout").values()
-    )
-
-
 def restarts(job: Job) -> dict[str, int]:
     return {role["name"]: role["restarts"] for role in job.status()["roles"]}
 
@@ -34,7 +26,7 @@ def test_a_job_survives_the_loss_of_any_part_of_it(tenant: Tenant, release: Rele
     tenant.kubectl("delete", "pod", f"{job.name}-rollout-1", "--grace-period=1")
     release.kill_operator()
     job.until_step(step + 2)
-    wait_until(lambda: in_service(job) == 2, "the new rollout pod in service", timeout_seconds=300)
+    wait_until(lambda: job.ready("rollout") == 2, "the new rollout pod in service", timeout_seconds=300)
     after = {name: pod["metadata"]["uid"] for name, pod in job.pods().items()}
     assert {name for name in before if before[name] != after[name]} == {f"{job.name}-rollout-1"}
     assert job.status()["attempt"] == 0 and job.status()["restarts"] == 0

@@ -1,7 +1,6 @@
 """Rollout pods come and go while a job trains; a job that is deleted leaves its files and nothing else."""
 
 from e2e.cluster.host import wait_until
-from e2e.scenarios.test_kills import in_service
 from e2e.scenarios.training import Tenant
 
 
@@ -11,7 +10,7 @@ def test_rollouts_scale_up_and_down_while_training_goes_on(tenant: Tenant) -> No
     steady = job.uids("coordinator") | job.uids("trainer") | job.uids("rollout")
 
     tenant.kubectl("scale", "grpojob", job.name, "--replicas=2")
-    wait_until(lambda: in_service(job) == 2, "two rollout pods in service", timeout_seconds=300)
+    wait_until(lambda: job.ready("rollout") == 2, "two rollout pods in service", timeout_seconds=300)
     step = job.step()
     job.until_step(step + 2)
     assert steady < {pod["metadata"]["uid"] for pod in job.pods().values()}

@@ -114,6 +114,13 @@ class Job:
         selector = self.selector + (f",grpo.dev/role={role}" if role else "")
         return {pod["metadata"]["name"]: pod for pod in self.tenant.get("pods", "-l", selector)["items"]}
 
+    def ready(self, role: str | None = None) -> int:
+        """Pods that the kubelet calls ready; of a rollout pod, its own probe says that it serves current weights."""
+        return sum(
+            any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))
+            for pod in self.pods(role).values()
+        )
+
     def uids(self, role: str) -> set[str]:
         return {pod["metadata"]["uid"] for pod in self.pods(role).values()}
 
@@ -145,12 +152,10 @@ class Job:
                 )
             return False
 
-        try:
-            wait_until(check, f"{self.name}: {what}", timeout_seconds=timeout_seconds)
-        except ClusterError as error:
-            raise ClusterError(
-                f"{error}\nstatus: {json.dumps(self.status(), indent=1)[:4000]}\n{self.logs()}"
-            ) from None
+        def explain() -> str:
+            return f"status: {json.dumps(self.status(), indent=1)[:4000]}\n{self.logs()}"
+
+        wait_until(check, f"{self.name}: {what}", timeout_seconds=timeout_seconds, explain=explain)
 
     def until_state(self, state: str, timeout_seconds: float = START_SECONDS) -> None:
         self.until(lambda status: status.get("state") == state, f"state {state}", timeout_seconds)

@@ -25,7 +25,7 @@ class Diagnosis:
     @property
     def sentence(self) -> str:
         """The message as one that another sentence may follow."""
-        return self.message if self.message.endswith((".", "!", "?")) else f"{self.message}."
+        return _sentence(self.message)
 
 
 def ended(pod: Pod, spec: Spec) -> Diagnosis:
@@ -174,5 +174,9 @@ def _cut(text: str, advice: str = "") -> str:
     room = _LONGEST - len(advice)
     text = text if len(text) <= room else text[: room - 3] + "..."
     if advice and advice.split(":")[0] not in text:
-        return f"{text}{'' if text.endswith(('.', '!', '?')) else '.'} {advice}"
+        return f"{_sentence(text)} {advice}"
     return text
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."

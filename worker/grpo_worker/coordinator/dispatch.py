@@ -25,9 +25,15 @@ PROMPTS_AHEAD = 1.5  # what one engine is sent, over what it can run at a time
 CHUNK_PROMPTS = 8  # prompts of one request when requests are not atomic
 
 
+def derived_seed(*parts: object) -> int:
+    """A seed that is a function of what is generated, not of when or where: 63 bits of the parts' hash."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
 def prompt_seed(base: int, uid: str, purpose: str) -> int:
-    """Seed of a prompt's samples: a function of what is generated, not of when or where."""
-    return int.from_bytes(hashlib.blake2b(f"{base}/{purpose}/{uid}".encode(), digest_size=8).digest(), "little") >> 1
+    """Seed of a prompt's samples."""
+    return derived_seed(base, purpose, uid)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ turn that is lost is asked for again with the same tokens and seed; an episode e
 """
 
 import asyncio
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import msgspec
 from grpo_worker.coordinator.agents.episode import Episode, TurnRequest
 from grpo_worker.coordinator.agents.load import Agent
 from grpo_worker.coordinator.agents.thread import AgentRuntime, AgentThread
-from grpo_worker.coordinator.dispatch import PERMANENT, DispatchOptions, ServiceLimit, prompt_seed
+from grpo_worker.coordinator.dispatch import PERMANENT, DispatchOptions, ServiceLimit, derived_seed, prompt_seed
 from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
 from grpo_worker.coordinator.members import Member, Members
@@ -33,9 +32,8 @@ PATIENCE_SECONDS = 5.0  # for an episode's own engine to come back into service 
 
 
 def turn_seed(base: int, uid: str, purpose: str, sample: int, turn: int) -> int:
-    """Seed of one turn: a function of what is generated, not of when or where."""
-    text = f"{prompt_seed(base, uid, purpose)}/{sample}/{turn}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    """Seed of one turn."""
+    return derived_seed(prompt_seed(base, uid, purpose), sample, turn)
 
 
 @dataclass(frozen=True)
