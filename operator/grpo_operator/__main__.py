@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo_operator import selfcheck
 from grpo_operator.api import ApiError, NoCluster
-from grpo_operator.lease import LeaseLost
+from grpo_operator.control.lease import LeaseLost
 from grpo_operator.loops import new_event_loop
 from grpo_operator.process import CannotStart, Ended, Process
 from grpo_operator.settings import Settings

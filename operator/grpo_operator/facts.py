@@ -1,6 +1,6 @@
 """What a plan is made from: the job, its pods and the coordinator's word, as plain immutable values.
 
-Invariant: nothing here knows the API client; `pods.py` and `jobs.py` read these from API objects.
+Invariant: nothing here knows the API client; `control/read_job.py` and `control/read_pod.py` read these from API objects.
 """
 
 from collections.abc import Mapping

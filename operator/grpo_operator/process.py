@@ -17,23 +17,23 @@ from aiohttp import web
 
 from grpo_operator import build
 from grpo_operator.api import GRPOJOBS, PODS, Api, ApiError, Resource
-from grpo_operator.execute import Executor
+from grpo_operator.control.execute import Executor
+from grpo_operator.control.health import Vitals, make_app
+from grpo_operator.control.kubernetes_events import EventRecorder
+from grpo_operator.control.lease import Lease, LeaseLost
+from grpo_operator.control.metrics import JobCollector, JobView, OperatorMetrics, WatchCollector
+from grpo_operator.control.read_job import read_job
+from grpo_operator.control.read_pod import read_pod
+from grpo_operator.control.reconciler import Reconciler
+from grpo_operator.control.reports import Reports, Target
+from grpo_operator.control.store import Document, Key, Store, version_of
+from grpo_operator.control.watches import Watches
+from grpo_operator.control.workqueue import WorkQueue, work
 from grpo_operator.facts import Job
 from grpo_operator.handlers import SELECTOR, WatchThread
-from grpo_operator.health import Vitals, make_app
-from grpo_operator.jobs import read_job
-from grpo_operator.kubernetes_events import EventRecorder
 from grpo_operator.labels import Role
-from grpo_operator.lease import Lease, LeaseLost
-from grpo_operator.metrics import JobCollector, JobView, OperatorMetrics, WatchCollector
-from grpo_operator.plan import plan
-from grpo_operator.pods import read_pod
-from grpo_operator.reconciler import Reconciler
-from grpo_operator.reports import Reports, Target
+from grpo_operator.planning.plan import plan
 from grpo_operator.settings import Settings
-from grpo_operator.store import Document, Key, Store, version_of
-from grpo_operator.watches import Watches
-from grpo_operator.workqueue import WorkQueue, work
 
 logger = logging.getLogger(__name__)
 

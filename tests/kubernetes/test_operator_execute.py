@@ -8,19 +8,20 @@ import pytest_asyncio
 from e2e.cluster import ControlPlane
 from operator_process import KEY, Cluster, install
 
-from grpo_operator import build, kubernetes_events
-from grpo_operator.actions import CreatePod, DeletePod, Event, Plan
+from grpo_operator import build
 from grpo_operator.api import GRPOJOBS, PODS, Api, ApiError, NotLeader
-from grpo_operator.execute import Blocked, Executor, MovedOn
+from grpo_operator.control import kubernetes_events
+from grpo_operator.control.execute import Blocked, Executor, MovedOn
+from grpo_operator.control.kubernetes_events import EventRecorder
+from grpo_operator.control.read_job import read_job
+from grpo_operator.control.read_pod import read_pod
+from grpo_operator.control.reports import Reports
+from grpo_operator.control.store import Key, Store
+from grpo_operator.control.watches import Watches
 from grpo_operator.facts import Job, Observation, Pod
-from grpo_operator.jobs import read_job
-from grpo_operator.kubernetes_events import EventRecorder
 from grpo_operator.labels import Role
-from grpo_operator.pods import read_pod
-from grpo_operator.reports import Reports
+from grpo_operator.planning.actions import CreatePod, DeletePod, Event, Plan
 from grpo_operator.settings import Settings
-from grpo_operator.store import Key, Store
-from grpo_operator.watches import Watches
 from grpo_worker.config.status import GRPOJobStatus
 
 pytestmark = pytest.mark.asyncio

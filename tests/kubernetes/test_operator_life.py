@@ -14,7 +14,7 @@ from e2e.cluster.host import free_ports, wait_until
 from operator_process import KEY, OPERATOR_NAMESPACE, ROOT, Cluster, FakeCoordinator, Operator, install
 
 from grpo_operator import build
-from grpo_operator.jobs import read_job
+from grpo_operator.control.read_job import read_job
 from grpo_operator.token import job_token
 
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from grpo_operator.actions import DeletePod, Plan
 from grpo_operator.build import config_map_name
+from grpo_operator.control.read_job import read_job
 from grpo_operator.facts import Ended, Job, LastWord, Observation, Pod, Report, Waiting
-from grpo_operator.jobs import read_job
 from grpo_operator.labels import Role, pod_name
-from grpo_operator.plan import plan
+from grpo_operator.planning.actions import DeletePod, Plan
+from grpo_operator.planning.plan import plan
 from grpo_operator.settings import Settings
 from grpo_worker.config.status import Condition, GRPOJobStatus
 

@@ -3,9 +3,9 @@
 import pytest
 from plan_world import START, document
 
-from grpo_operator import diagnose
 from grpo_operator.facts import Ended, LastWord, Pod, Waiting
 from grpo_operator.labels import Role
+from grpo_operator.planning import diagnose
 from grpo_worker.config import job_from_document
 
 SPEC = job_from_document(

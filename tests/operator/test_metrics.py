@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from grpo_operator.control.metrics import REASONS_TOLD_APART, JobCollector, JobView, OperatorMetrics
 from grpo_operator.facts import Job, Report
-from grpo_operator.metrics import REASONS_TOLD_APART, JobCollector, JobView, OperatorMetrics
 from grpo_worker.config.status import Failure, GRPOJobStatus
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)

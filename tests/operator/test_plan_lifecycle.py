@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from plan_world import World, acts, document, running_world
 
-from grpo_operator.conditions import TYPES
 from grpo_operator.facts import LastWord
+from grpo_operator.planning.conditions import TYPES
 
 
 def test_the_first_visit_makes_everything_and_all_conditions() -> None:

@@ -14,9 +14,9 @@ from datetime import timedelta
 import pytest
 from plan_world import JOB, OperatorDied, World, document
 
-from grpo_operator import conditions
 from grpo_operator.facts import Pod
 from grpo_operator.labels import Role
+from grpo_operator.planning import conditions
 from grpo_worker.config.status import GRPOJobStatus
 
 TOTAL_STEPS = 20

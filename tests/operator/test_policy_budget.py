@@ -6,7 +6,7 @@ import pytest
 from plan_world import START
 
 from grpo_operator import clock
-from grpo_operator.policies.budget import Scope, charge, progressed, renewed, same_failure
+from grpo_operator.planning.policies.budget import Scope, charge, progressed, renewed, same_failure
 from grpo_worker.config.run import FailurePolicy
 from grpo_worker.config.status import Budget
 from grpo_worker.exit_policy import LONGEST_BACKOFF_SECONDS, UNCOUNTED_LIMIT

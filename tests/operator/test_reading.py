@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from plan_world import document
 
+from grpo_operator.control.read_job import read_job
+from grpo_operator.control.read_pod import read_pod
 from grpo_operator.facts import Ended, LastWord, Waiting
-from grpo_operator.jobs import read_job
 from grpo_operator.labels import ATTEMPT, INDEX, ROLE, Role
-from grpo_operator.pods import read_pod
 
 AT = "2026-11-22T12:00:00Z"
 TIME = datetime(2026, 11, 22, 12, tzinfo=UTC)

@@ -9,9 +9,9 @@ import pytest_asyncio
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from grpo_operator.control.reports import CoordinatorSilent, Reports, Target
 from grpo_operator.facts import Job, Pod
 from grpo_operator.labels import Role
-from grpo_operator.reports import CoordinatorSilent, Reports, Target
 from grpo_operator.token import job_token
 from grpo_worker.config.status import GRPOJobStatus
 

@@ -3,10 +3,10 @@ from typing import Any
 import pytest
 
 from grpo_operator import labels
+from grpo_operator.control.read_job import read_job
+from grpo_operator.control.read_pod import read_pod
+from grpo_operator.control.store import Key, Store
 from grpo_operator.facts import Pod
-from grpo_operator.jobs import read_job
-from grpo_operator.pods import read_pod
-from grpo_operator.store import Key, Store
 
 KEY = Key("team", "demo")
 

@@ -1,5 +1,5 @@
-from grpo_operator.health import Vitals, ailments, unready
-from grpo_operator.watches import Watches
+from grpo_operator.control.health import Vitals, ailments, unready
+from grpo_operator.control.watches import Watches
 
 
 class Clock:

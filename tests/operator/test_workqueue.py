@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo_operator.workqueue import WorkQueue, work
+from grpo_operator.control.workqueue import WorkQueue, work
 
 pytestmark = pytest.mark.asyncio
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from grpo_operator import build
+from grpo_operator.control.read_job import read_job
 from grpo_operator.facts import Job
-from grpo_operator.jobs import read_job
 from grpo_operator.labels import Role
 from grpo_operator.settings import Settings
 from grpo_worker.config.status import GRPOJobStatus

@@ -8,13 +8,13 @@ import random
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from grpo_operator.actions import Plan
-from grpo_operator.execute import Executor, MovedOn
+from grpo_operator.control.execute import Executor, MovedOn
+from grpo_operator.control.metrics import OperatorMetrics
+from grpo_operator.control.reports import Reports
+from grpo_operator.control.store import Key, Store
 from grpo_operator.facts import Job, Observation
-from grpo_operator.metrics import OperatorMetrics
-from grpo_operator.reports import Reports
+from grpo_operator.planning.actions import Plan
 from grpo_operator.settings import Settings
-from grpo_operator.store import Key, Store
 
 logger = logging.getLogger(__name__)
 

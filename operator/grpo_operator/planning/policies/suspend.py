@@ -4,9 +4,10 @@ Invariant: a suspended job has no pods; a resumed one has a new attempt. A stop 
 suspend back: the coordinator is ending already.
 """
 
-from grpo_operator import clock, conditions
-from grpo_operator.draft import Draft
-from grpo_operator.policies import budget, stop
+from grpo_operator import clock
+from grpo_operator.planning import conditions
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import budget, stop
 
 
 def suspend(draft: Draft) -> bool:

@@ -6,8 +6,8 @@ not charged to the job, unless a rule of the job says so.
 
 from datetime import timedelta
 
-from grpo_operator.draft import Draft
-from grpo_operator.policies import failure
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import failure
 
 MARGIN_SECONDS = 30.0
 

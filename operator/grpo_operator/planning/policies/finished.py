@@ -6,8 +6,9 @@ person or by ttlSecondsAfterFinished.
 
 from datetime import timedelta
 
-from grpo_operator import clock, conditions
-from grpo_operator.draft import Draft
+from grpo_operator import clock
+from grpo_operator.planning import conditions
+from grpo_operator.planning.draft import Draft
 
 FAREWELL_SECONDS = 30.0  # in which workers that were told to stop end by themselves
 

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from grpo_operator import labels
-from grpo_operator.actions import Event
 from grpo_operator.api import EVENTS, GRPOJOBS, Api, ApiError
 from grpo_operator.facts import Job
+from grpo_operator.planning.actions import Event
 
 logger = logging.getLogger(__name__)
 

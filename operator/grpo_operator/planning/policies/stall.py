@@ -8,10 +8,10 @@ gets no longer than one that can.
 from datetime import timedelta
 
 from grpo_operator import clock
-from grpo_operator.diagnose import Diagnosis
-from grpo_operator.draft import Draft
-from grpo_operator.policies import restart
-from grpo_operator.policies.restart import Loss
+from grpo_operator.planning.diagnose import Diagnosis
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import restart
+from grpo_operator.planning.policies.restart import Loss
 
 
 def watch(draft: Draft) -> bool:

@@ -5,9 +5,10 @@ Invariant: time counts from startTime, across restarts, without what was spent s
 
 from datetime import timedelta
 
-from grpo_operator import clock, conditions
-from grpo_operator.draft import Draft
-from grpo_operator.policies import stop
+from grpo_operator import clock
+from grpo_operator.planning import conditions
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import stop
 
 
 def enforce(draft: Draft) -> bool:

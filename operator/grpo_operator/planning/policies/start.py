@@ -5,8 +5,8 @@ when no pod of an earlier set exists.
 """
 
 from grpo_operator import clock
-from grpo_operator.draft import Draft
 from grpo_operator.labels import Role
+from grpo_operator.planning.draft import Draft
 
 LEFTOVER_GRACE_SECONDS = (
     1  # a coordinator with time to say farewell would tell the engines, which are to stay, that the run is over

@@ -3,8 +3,8 @@
 Invariant: the highest indices go first, each with its grace period, and training goes on.
 """
 
-from grpo_operator.draft import Draft
 from grpo_operator.labels import Role
+from grpo_operator.planning.draft import Draft
 
 
 def scale(draft: Draft) -> bool:

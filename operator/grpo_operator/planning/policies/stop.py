@@ -8,8 +8,8 @@ is asked by deleting its pod: it saves on SIGTERM too, and needs the trainers fo
 from datetime import datetime, timedelta
 
 from grpo_operator import clock
-from grpo_operator.draft import Draft
 from grpo_operator.facts import Pod
+from grpo_operator.planning.draft import Draft
 
 ASK_AGAIN_SECONDS = 5.0
 FAREWELL_SECONDS = 30.0  # after the coordinator's end, for those whom it told

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
-from grpo_operator import diagnose
-from grpo_operator.draft import Draft
 from grpo_operator.facts import Pod
 from grpo_operator.labels import Role
-from grpo_operator.policies import restart
-from grpo_operator.policies.restart import Loss
+from grpo_operator.planning import diagnose
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import restart
+from grpo_operator.planning.policies.restart import Loss
 from grpo_worker.exit_policy import Verdict, explanation_rank, verdict
 
 SECOND_WORD_SECONDS = 5.0  # coordinator and trainers end within so long of each other

@@ -8,10 +8,11 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from grpo_operator import clock, conditions
-from grpo_operator.actions import CreatePod, DeletePod, Event
+from grpo_operator import clock
 from grpo_operator.facts import Job, Observation, Pod
 from grpo_operator.labels import Role, pod_name
+from grpo_operator.planning import conditions
+from grpo_operator.planning.actions import CreatePod, DeletePod, Event
 from grpo_worker.config import Spec
 from grpo_worker.config.status import Budget, ConditionType, Failure, GRPOJobStatus
 

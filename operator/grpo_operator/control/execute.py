@@ -10,15 +10,15 @@ from collections.abc import Awaitable, Iterable
 from typing import Any, Protocol
 
 from grpo_operator import build
-from grpo_operator.actions import CreatePod, DeletePod, Event, Plan
 from grpo_operator.api import BY_KIND, CONFIG_MAPS, GRPOJOBS, PODS, Api, ApiError
+from grpo_operator.control.kubernetes_events import EventRecorder
+from grpo_operator.control.reports import CoordinatorSilent
+from grpo_operator.control.store import Key, Store, is_owned, version_of
+from grpo_operator.control.watches import Watches
 from grpo_operator.facts import Job, Observation, Pod
-from grpo_operator.kubernetes_events import EventRecorder
-from grpo_operator.reports import CoordinatorSilent
+from grpo_operator.planning.actions import CreatePod, DeletePod, Event, Plan
 from grpo_operator.settings import Settings
-from grpo_operator.store import Key, Store, is_owned, version_of
 from grpo_operator.token import job_token
-from grpo_operator.watches import Watches
 from grpo_worker.config.status import GRPOJobStatus
 
 logger = logging.getLogger(__name__)

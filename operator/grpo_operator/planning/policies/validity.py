@@ -6,8 +6,8 @@ says so, until the document is mended.
 
 from collections.abc import Callable
 
-from grpo_operator.draft import Draft
 from grpo_operator.facts import Job
+from grpo_operator.planning.draft import Draft
 
 
 def check(draft: Draft, problem: Callable[[Job], str]) -> bool:

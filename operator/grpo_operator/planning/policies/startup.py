@@ -7,12 +7,13 @@ on is never restarted for an engine that it can do without.
 
 from datetime import timedelta
 
-from grpo_operator import clock, diagnose
-from grpo_operator.diagnose import Diagnosis
-from grpo_operator.draft import Draft
+from grpo_operator import clock
 from grpo_operator.facts import Pod
-from grpo_operator.policies import restart
-from grpo_operator.policies.restart import Loss
+from grpo_operator.planning import diagnose
+from grpo_operator.planning.diagnose import Diagnosis
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import restart
+from grpo_operator.planning.policies.restart import Loss
 
 NEVER = frozenset({"InvalidImageName"})
 

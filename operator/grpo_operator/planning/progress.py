@@ -11,9 +11,9 @@ from pathlib import PurePosixPath
 from typing import Any, TypeGuard
 
 from grpo_operator import clock
-from grpo_operator.draft import Draft
 from grpo_operator.labels import Role
-from grpo_operator.policies import budget
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import budget
 from grpo_worker.config.status import Checkpoints, KeptCheckpoint, Progress
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from grpo_operator import clock
-from grpo_operator.diagnose import Diagnosis
-from grpo_operator.draft import Draft
 from grpo_operator.facts import Pod
 from grpo_operator.labels import Role, member_name
-from grpo_operator.policies import budget
+from grpo_operator.planning.diagnose import Diagnosis
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import budget
 from grpo_worker.config.status import ExcludedNode, Failure, RoleStatus
 
 EXCLUDED_SECONDS = 3600.0  # that a node with failed hardware is left out

@@ -6,10 +6,11 @@ Succeeded, Failed, Suspended and Restarting, which they set themselves.
 
 from typing import Literal
 
-from grpo_operator import clock, conditions, diagnose
-from grpo_operator.draft import Draft
+from grpo_operator import clock
 from grpo_operator.facts import Pod
 from grpo_operator.labels import JOB, ROLE, Role
+from grpo_operator.planning import conditions, diagnose
+from grpo_operator.planning.draft import Draft
 from grpo_worker.config.status import ConditionType, RoleStatus, RolloutScale, State, Summary
 
 _SET_BY_POLICIES: tuple[ConditionType, ...] = ("Suspended", "Succeeded", "Failed", "Restarting")

@@ -8,11 +8,12 @@ at which line the last plan was broken off; a plan carried out in full is follow
 from collections.abc import Callable
 from datetime import datetime
 
-from grpo_operator import build, changes, progress, summary
-from grpo_operator.actions import Plan
-from grpo_operator.draft import Draft
+from grpo_operator import build
 from grpo_operator.facts import Observation
-from grpo_operator.policies import (
+from grpo_operator.planning import changes, progress, summary
+from grpo_operator.planning.actions import Plan
+from grpo_operator.planning.draft import Draft
+from grpo_operator.planning.policies import (
     deadline,
     failure,
     finished,
