@@ -8,7 +8,7 @@ peer's alternate, and each is asked for and judged by the same code.
 - event_to_status: a pod stops being at work, and is at work again (its Ready condition; the peer counts phases): from the request until
   the watch shows the job's status with the right number. Once while nothing else happens; ours once more while every job trains.
 - steady (ours only, as the peer knows no steps): each job finishes a step a minute.
-- recreate: 64 pods (8 of each of 8 jobs) are deleted: until 64 new ones exist.
+- recreate: 64 pods (8 of each of 8 jobs) are deleted, without grace: until 64 new ones exist.
 - restart: the operator is stopped, a pod of every job changes, the operator starts: until every status is right. Once after SIGTERM, once
   after SIGKILL, after which ours has to wait for the end of the dead one's Lease (15 s); the peer has no Lease by default.
 
