@@ -95,6 +95,16 @@ class Pod:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """The API server did not take a pod of the job: a quota, a LimitRange, Pod Security, a webhook, or it is no valid pod."""
+
+    role: Role
+    index: int
+    message: str  # the API server's words
+    invalid: bool = False  # no such pod will ever be taken (422)
+
+
+@dataclass(frozen=True)
 class Report:
     """The coordinator's `/status`, and when it was read. `document` is as described in `grpo_worker.coordinator.progress`."""
 
@@ -110,4 +120,5 @@ class Observation:
     job: Job
     pods: tuple[Pod, ...] = ()
     config_maps: tuple[str, ...] = ()  # the job's
+    refusals: tuple[Refusal, ...] = ()  # of pods that were to be made last time
     report: Report | None = None  # the newest, of the present coordinator pod; None before its first answer

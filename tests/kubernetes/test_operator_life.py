@@ -194,14 +194,17 @@ def test_a_job_that_cannot_be_made_says_why_and_does_not_hold_up_the_others(
     other.submit()
     other.run_all()
 
-    def said() -> bool:
-        events = control_plane.get("events", "-n", cluster.namespace)["items"]
-        return any(
-            event["reason"] == "PodRefused" and "maximum memory usage per Pod is 1Mi" in event["message"]
-            for event in events
-        )
+    def told() -> bool:
+        return "maximum memory usage per Pod is 1Mi" in (cluster.condition("Scheduled").get("message") or "")
 
-    cluster.wait("the refusal is said", said)
+    cluster.wait("the refusal is in the status", told)
+    assert cluster.condition("Scheduled")["reason"] == "PodRefused"
+    events = control_plane.get("events", "-n", cluster.namespace)["items"]
+    assert any(event["reason"] == "PodRefused" for event in events)
+
+    control_plane.kubectl("-n", cluster.namespace, "delete", "limitrange", "tiny")
+    cluster.run_all()
+    cluster.wait("the refusal is over", lambda: cluster.condition("Scheduled").get("status") == "True")
 
 
 @pytest.mark.parametrize("kind", ["Secret", "ConfigMap", "Pod"])

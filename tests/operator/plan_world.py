@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_operator.build import config_map_name
 from grpo_operator.control.read_job import read_job
-from grpo_operator.facts import Ended, Job, LastWord, Observation, Pod, Report, Waiting
+from grpo_operator.facts import Ended, Job, LastWord, Observation, Pod, Refusal, Report, Waiting
 from grpo_operator.labels import Role, pod_name
 from grpo_operator.planning.actions import DeletePod, Plan
 from grpo_operator.planning.plan import plan
@@ -61,6 +61,9 @@ class World:
     pods: dict[str, Pod] = field(default_factory=dict)
     config_maps: set[str] = field(default_factory=set)
     report: Report | None = None
+    refuse: str | None = None  # the API server's words to new pods beyond `quota`
+    quota: int = 0
+    refusals: tuple[Refusal, ...] = ()
     deleted: bool = False
     asked_to_stop: list[str] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
@@ -71,7 +74,9 @@ class World:
     # the operator's side
 
     def observe(self) -> Observation:
-        return Observation(self.read(), tuple(self.pods.values()), tuple(sorted(self.config_maps)), self.report)
+        return Observation(
+            self.read(), tuple(self.pods.values()), tuple(sorted(self.config_maps)), self.refusals, self.report
+        )
 
     def read(self) -> Job:
         return read_job(self.job)
@@ -117,8 +122,13 @@ class World:
         if made.apply_shared:
             live()
             self.config_maps.add(self.config_map)
+        self.refusals = ()
         for creation in made.create_pods:
             live()
+            if self.refuse is not None and len(self.pods) >= self.quota:
+                invalid = "is invalid" in self.refuse
+                self.refusals += (Refusal(creation.role, creation.index, self.refuse, invalid),)
+                continue
             self._create(creation.role, creation.index)
         for name in made.delete_config_maps:
             live()

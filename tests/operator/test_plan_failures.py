@@ -472,6 +472,69 @@ def test_a_set_that_cannot_be_completed_gives_its_devices_back_too() -> None:
     assert [deletion.name for deletion in made.delete_pods] == ["demo-coordinator"]
 
 
+QUOTA = 'pods "demo-trainer-0" is forbidden: exceeded quota: team, requested: pods=1, used: pods=1, limited: pods=1'
+
+
+def test_a_quota_is_told_in_the_condition_and_in_the_line_for_people_until_it_lets_the_pods_pass() -> None:
+    world = World(document(), refuse=QUOTA, quota=1)
+    for _ in range(4):
+        world.reconcile()
+    assert world.members == ["coordinator"]
+    scheduled = world.condition("Scheduled")
+    assert (scheduled.status, scheduled.reason) == ("False", "QuotaExceeded")
+    assert "trainer-0 was refused by the API server" in (scheduled.message or "")
+    assert "exceeded quota: team" in (world.status.message or "") and "ResourceQuota" in (world.status.message or "")
+    assert sum("Warning QuotaExceeded" in event for event in world.events) == 1
+    assert (world.status.state, world.status.attempt) == ("Pending", 0)
+
+    world.refuse = None
+    world.settle()
+    assert len(world.pods) == 4
+    assert world.condition("Scheduled").reason == "Pending"
+
+
+def test_half_a_job_gives_its_devices_back_with_the_quota_s_words() -> None:
+    world = World(document(failurePolicy={"startupTimeoutSeconds": 600.0}), refuse=QUOTA, quota=1)
+    world.reconcile()
+    world.run("coordinator")
+    world.reconcile()
+    world.tick(600)
+    world.reconcile()
+    assert (world.status.attempt, world.status.restarts) == (1, 1)
+    (failure,) = world.status.failures or []
+    assert failure.reason == "QuotaExceeded" and "exceeded quota: team" in (failure.message or "")
+    assert [pod.name for pod in world.pods.values() if not pod.deleting] == []
+
+
+def test_an_engine_that_a_quota_refuses_is_told_of_while_training_goes_on() -> None:
+    world = running_world(failurePolicy={"startupTimeoutSeconds": 60.0})
+    world.refuse, world.quota = QUOTA, 4
+    world.edit(rollout={"replicas": 3})
+    for step in range(4, 10):
+        world.tick(30)
+        world.train(step)
+        world.reconcile()
+    assert world.condition("Scheduled").reason == "QuotaExceeded"
+    assert (world.status.state, world.status.attempt, world.status.failures) == ("Training", 0, [])
+
+
+def test_a_pod_that_can_never_be_is_the_end_of_a_new_job_and_not_of_one_that_has_trained() -> None:
+    words = 'Pod "demo-rollout-2" is invalid: spec.tolerations[0].operator: Invalid value: "exists"'
+    new = World(document(), refuse=words)
+    new.reconcile()
+    new.reconcile()
+    assert (new.condition("Failed").status, new.condition("Failed").reason) == ("True", "InvalidPod")
+    assert "spec.tolerations[0].operator" in (new.status.message or "")
+    assert "runtime.podTemplate" in (new.status.message or "")
+
+    trained = running_world()
+    trained.refuse = words
+    trained.edit(rollout={"replicas": 3})
+    for _ in range(3):
+        trained.reconcile()
+    assert (trained.status.state, trained.condition("Scheduled").reason) == ("Training", "InvalidPod")
+
+
 def test_engines_beyond_the_minimum_may_wait() -> None:
     world = World(document(rollout={"replicas": 3, "minReplicas": 1}, failurePolicy={"startupTimeoutSeconds": 60.0}))
     world.settle()

@@ -15,7 +15,8 @@ from grpo_operator.control.kubernetes_events import EventRecorder
 from grpo_operator.control.reports import CoordinatorSilent
 from grpo_operator.control.store import Key, Store, is_owned, version_of
 from grpo_operator.control.watches import Watches
-from grpo_operator.facts import Job, Observation, Pod
+from grpo_operator.facts import Job, Observation, Pod, Refusal
+from grpo_operator.labels import Role
 from grpo_operator.planning.actions import CreatePod, DeletePod, Event, Plan
 from grpo_operator.settings import Settings
 from grpo_operator.token import job_token
@@ -57,6 +58,7 @@ class Executor:
         self._api, self._store, self._watches, self._events = api, store, watches, events
         self._coordinators, self._settings, self._token_key = coordinators, settings, token_key
         self._ours: set[tuple[str, str, str]] = set()  # job uid, kind, name of shared objects known to be the job's
+        self._refusals: dict[str, dict[tuple[Role, int], Refusal]] = {}  # by job uid
 
     async def execute(self, seen: Observation, plan: Plan) -> None:
         """Raises MovedOn, Blocked or ApiError; what is left is planned anew."""
@@ -72,6 +74,8 @@ class Executor:
         if plan.apply_shared:
             documents = build.shared(job, self._settings, job_token(self._token_key, job.uid))
             await _all(self._apply_shared(job, document) for document in documents)
+        wanted = {(item.role, item.index) for item in plan.create_pods}
+        self._refusals[job.uid] = {who: why for who, why in self._refusals.get(job.uid, {}).items() if who in wanted}
         await _all(self._create_pod(job, item, status) for item in plan.create_pods)
         await _all(self._delete_config_map(job, name) for name in plan.delete_config_maps)
         if plan.delete_job:
@@ -79,7 +83,12 @@ class Executor:
 
     def forget(self, job_uid: str) -> None:
         """The job is gone."""
+        self._refusals.pop(job_uid, None)
         self._ours = {entry for entry in self._ours if entry[0] != job_uid}
+
+    def refusals(self, job_uid: str) -> tuple[Refusal, ...]:
+        """Pods that the API server did not take when they were last to be made. After a restart they are tried, and refused, anew."""
+        return tuple(self._refusals.get(job_uid, {}).values())
 
     # ---- status
 
@@ -153,9 +162,10 @@ class Executor:
                 await self._adopt_or_refuse(job, document)
                 return
             if error.status in (400, 403, 422):
-                message = f"Pod {document['metadata']['name']} was refused: {error.message}"
-                await self._events.record(job, (Event("Warning", "PodRefused", message),))
+                refusal = Refusal(item.role, item.index, error.message, invalid=error.status == 422)
+                self._refusals[job.uid][item.role, item.index] = refusal
             raise
+        self._refusals[job.uid].pop((item.role, item.index), None)
         self._watches.expect(PODS.plural, made["metadata"]["uid"], version_of(made))
         self._store.update_pod(made)
 

@@ -79,6 +79,7 @@ class Reconciler:
             job=job,
             pods=self._store.pods(job),
             config_maps=self._store.config_maps(job.uid),
+            refusals=self._executor.refusals(job.uid),
             report=self._reports.newest(job.uid),
         )
 

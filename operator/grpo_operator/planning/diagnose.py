@@ -6,7 +6,7 @@ Invariant: pure. The process's own last word comes first, since it knows most; K
 import re
 from dataclasses import dataclass
 
-from grpo_operator.facts import Ended, Pod
+from grpo_operator.facts import Ended, Pod, Refusal
 from grpo_operator.labels import Role, member_name
 from grpo_worker.config import Spec
 from grpo_worker.exit_policy import killed
@@ -67,6 +67,17 @@ def gone(pod: Pod) -> Diagnosis:
 
 def deleted(role: Role, index: int) -> Diagnosis:
     return Diagnosis("PodDeleted", f"{member_name(role, index)} was deleted.")
+
+
+def refused(refusal: Refusal) -> Diagnosis:
+    """Why there is no pod."""
+    words = f"{member_name(refusal.role, refusal.index)} was refused by the API server: {refusal.message}"
+    if refusal.invalid:
+        return Diagnosis("InvalidPod", _cut(words, "Correct runtime.podTemplate, or the field that the message names."))
+    if "exceeded quota" in refusal.message:
+        advice = "Lower rollout.replicas or runtime.resources, or have the ResourceQuota of the namespace raised."
+        return Diagnosis("QuotaExceeded", _cut(words, advice))
+    return Diagnosis("PodRefused", _cut(words))
 
 
 def not_started(pod: Pod, spec: Spec) -> Diagnosis | None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from grpo_operator import clock
-from grpo_operator.facts import Job, Observation, Pod
+from grpo_operator.facts import Job, Observation, Pod, Refusal
 from grpo_operator.labels import Role, pod_name
 from grpo_operator.planning import conditions
 from grpo_operator.planning.actions import CreatePod, DeletePod, Event
@@ -104,6 +104,13 @@ class Draft:
 
     def pod_name(self, role: Role, index: int) -> str:
         return pod_name(self.job.name, role, index)
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Of pods that the job wants and still lacks."""
+        there = {(pod.role, pod.index) for pod in self.seen.pods}
+        wanted = {*self.members, *((Role.ROLLOUT, index) for index in range(self.spec.rollout.replicas))}
+        return [item for item in self.seen.refusals if (item.role, item.index) in wanted - there]
 
     # the coordinator's word
 

@@ -99,6 +99,7 @@ def _scheduled(draft: Draft) -> None:
     there = {(pod.role, pod.index): pod for pod in _present(draft)}
     waiting = [pod for pod in there.values() if not pod.scheduled]
     stuck = next((found for pod in waiting if (found := diagnose.not_started(pod, draft.spec)) is not None), None)
+    stuck = stuck or next(map(diagnose.refused, draft.refusals), None)
     if stuck is not None:
         _announce(draft, "Scheduled", stuck)
         draft.condition("Scheduled", "False", stuck.reason, stuck.message)

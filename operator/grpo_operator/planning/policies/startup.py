@@ -15,7 +15,7 @@ from grpo_operator.planning.draft import Draft
 from grpo_operator.planning.policies import restart
 from grpo_operator.planning.policies.restart import Loss
 
-NEVER = frozenset({"InvalidImageName"})
+NEVER = frozenset({"InvalidImageName"})  # what no waiting cures
 
 
 def limit(draft: Draft) -> bool:
@@ -26,6 +26,12 @@ def limit(draft: Draft) -> bool:
             loss = Loss(pod.role, pod.index, found, pod)
             restart.record(draft, loss, "FailJob", counted=True)
             draft.fail(found.reason, found.message)
+            return True
+    for refusal in draft.refusals:
+        if refusal.invalid and draft.status.progress is None:  # a job that has trained has had such pods
+            loss = Loss(refusal.role, refusal.index, diagnose.refused(refusal))
+            restart.record(draft, loss, "FailJob", counted=True)
+            draft.fail(loss.diagnosis.reason, loss.diagnosis.message)
             return True
     needed = _needed(draft)
     if not needed:
@@ -40,7 +46,11 @@ def limit(draft: Draft) -> bool:
     late = [pod for pod in needed if _waits(pod)] or needed
     pod = next((pod for pod in late if diagnose.not_started(pod, draft.spec) is not None), late[0])
     words = f"not all pods were running within {seconds:g} s (failurePolicy.startupTimeoutSeconds); all give their devices back."
-    found = diagnose.not_started(pod, draft.spec) or Diagnosis("StartupTimeout", f"{pod.name} did not start.")
+    found = (
+        diagnose.not_started(pod, draft.spec)
+        or next((diagnose.refused(refusal) for refusal in draft.refusals), None)
+        or Diagnosis("StartupTimeout", f"{pod.name} did not start.")
+    )
     if draft.status.excluded_nodes:
         draft.update(excluded_nodes=[])  # nobody else could take the pods
     restart.restart_job(
