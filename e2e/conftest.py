@@ -2,7 +2,7 @@
 
 Default: a node made on this machine for the session (root; the first time some minutes to build Kubernetes, then seconds). A node that
 runs already (`python -m e2e.cluster up`) is used and left running. With KUBECONFIG and GRPO_E2E_IMAGE_PREFIX (for instance
-`registry.example.com/team/`) set, an existing cluster is used, whose nodes pull `PREFIX` + name.
+`registry.example.com/team/`) set, an existing cluster is used, whose nodes pull `PREFIX` + name + `:e2e`.
 """
 
 import time

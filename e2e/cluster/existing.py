@@ -10,7 +10,7 @@ from .errors import ClusterError
 
 
 class ExistingCluster(Client):
-    """kubectl and helm against KUBECONFIG; images are named GRPO_E2E_IMAGE_PREFIX + name."""
+    """kubectl and helm against KUBECONFIG; images are named GRPO_E2E_IMAGE_PREFIX + name + `:e2e`."""
 
     def __init__(self, kubeconfig: Path, image_prefix: str) -> None:
         if not kubeconfig.is_file():
@@ -26,4 +26,4 @@ class ExistingCluster(Client):
 
     def image(self, name: str) -> str:
         """The name by which pods ask for an image."""
-        return f"{self._image_prefix}{name}"
+        return f"{self._image_prefix}{name}:e2e"
