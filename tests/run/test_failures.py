@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from grpo_worker.coordinator.prompts import open_training_data
 from grpo_worker.data.tokenizer import load_tokenizer
 
 STEPS, BATCH = 16, 8
+STOPPED_SECONDS = 8.0  # several steps: time for the next prompts to be sent to a server that has none
 STALENESS = "training/off_policy/trajectory_staleness/max"
 
 
@@ -25,6 +27,15 @@ def prompts_in_data_order(workspace: Workspace, job: Path, count: int, monkeypat
 def generations(run: Run) -> int:
     """How often prompts have been sent out."""
     return sum(event["reason"] == "Rollout" for event in run.lines("events.jsonl"))
+
+
+def kill_with_a_request(run: Run, pid: int) -> None:
+    """Stop a server first: what it has, or is sent next, it cannot answer any more, so the kill meets a request under way."""
+    sent, until = generations(run), time.monotonic() + STOPPED_SECONDS
+    os.kill(pid, signal.SIGSTOP)
+    run.wait_until(lambda: generations(run) > sent or time.monotonic() > until)
+    time.sleep(0.5)  # the event is written just before the requests
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_no_prompt_is_lost_or_trained_twice(tmp_path: Path, monkeypatch: Any) -> None:
@@ -42,9 +53,8 @@ def test_no_prompt_is_lost_or_trained_twice(tmp_path: Path, monkeypatch: Any) ->
     )
     with Run(workspace, job, "run") as run:
         run.wait_until(lambda: run.steps() >= 2)
-        old, sent = run.pids(), generations(run)
-        run.wait_until(lambda: generations(run) > sent)  # prompts are with both servers now
-        os.kill(old["rollout-1"], signal.SIGKILL)
+        old = run.pids()
+        kill_with_a_request(run, old["rollout-1"])
         run.wait_until(lambda: run.pids().get("rollout-1", old["rollout-1"]) != old["rollout-1"])
         killed_at = run.steps()
         run.wait_until(lambda: run.steps() > killed_at + 1)  # the other one carries on meanwhile
