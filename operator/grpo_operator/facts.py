@@ -96,11 +96,11 @@ class Pod:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The API server did not take a pod of the job: a quota, a LimitRange, Pod Security, a webhook, or it is no valid pod."""
+    """The API server did not take an object of the job: a quota, a LimitRange, Pod Security, a webhook, or it is no valid pod."""
 
-    role: Role
-    index: int
+    what: str  # "Service demo", "Pod demo-trainer-0"
     message: str  # the API server's words
+    member: tuple[Role, int] | None = None  # of a pod
     invalid: bool = False  # no such pod will ever be taken (422)
 
 
@@ -120,5 +120,5 @@ class Observation:
     job: Job
     pods: tuple[Pod, ...] = ()
     config_maps: tuple[str, ...] = ()  # the job's
-    refusals: tuple[Refusal, ...] = ()  # of pods that were to be made last time
+    refusals: tuple[Refusal, ...] = ()  # of objects that were to be made last time
     report: Report | None = None  # the newest, of the present coordinator pod; None before its first answer

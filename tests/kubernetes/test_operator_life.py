@@ -207,6 +207,32 @@ def test_a_job_that_cannot_be_made_says_why_and_does_not_hold_up_the_others(
     cluster.wait("the refusal is over", lambda: cluster.condition("Scheduled").get("status") == "True")
 
 
+@pytest.mark.parametrize(("counted", "refused"), [("count/pods", "coordinator"), ("count/services", "Service demo")])
+def test_a_quota_that_refuses_is_told_in_its_own_words_until_it_lets_the_job_pass(
+    cluster: Cluster, control_plane: ControlPlane, counted: str, refused: str
+):
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "team", "namespace": cluster.namespace}}
+    control_plane.apply(quota | {"spec": {"hard": {counted: "0"}}})
+    # What the quota's controller, which does not run here, would write: until then nothing of the kind passes.
+    status = json.dumps({"status": {"hard": {counted: "0"}, "used": {counted: "0"}}})
+    cluster.kubectl("patch", "resourcequota", "team", "--subresource=status", "--type=merge", "-p", status)
+    cluster.submit()
+
+    def told() -> bool:
+        condition = cluster.condition("Scheduled")
+        return (
+            condition.get("reason") == "QuotaExceeded"
+            and f"exceeded quota: team, requested: {counted}=1" in condition["message"]
+        )
+
+    cluster.wait("the refusal is in the status", told)
+    assert cluster.condition("Scheduled")["message"].startswith(f"{refused} was refused by the API server")
+    assert "exceeded quota: team" in cluster.status()["message"]
+    cluster.kubectl("delete", "resourcequota", "team")
+    cluster.run_all()
+    cluster.wait("the refusal is over", lambda: cluster.condition("Scheduled").get("status") == "True")
+
+
 @pytest.mark.parametrize("kind", ["Secret", "ConfigMap", "Pod"])
 def test_what_somebody_else_made_under_a_name_of_ours_is_left_alone(cluster: Cluster, kind: str):
     job = cluster.submit(suspend=True)

@@ -127,7 +127,8 @@ class World:
             live()
             if self.refuse is not None and len(self.pods) >= self.quota:
                 invalid = "is invalid" in self.refuse
-                self.refusals += (Refusal(creation.role, creation.index, self.refuse, invalid),)
+                member = (creation.role, creation.index)
+                self.refusals += (Refusal(f"Pod {pod_name(JOB, *member)}", self.refuse, member, invalid),)
                 continue
             self._create(creation.role, creation.index)
         for name in made.delete_config_maps:

@@ -58,7 +58,7 @@ class Executor:
         self._api, self._store, self._watches, self._events = api, store, watches, events
         self._coordinators, self._settings, self._token_key = coordinators, settings, token_key
         self._ours: set[tuple[str, str, str]] = set()  # job uid, kind, name of shared objects known to be the job's
-        self._refusals: dict[str, dict[tuple[Role, int], Refusal]] = {}  # by job uid
+        self._refusals: dict[str, list[Refusal]] = {}  # by job uid
 
     async def execute(self, seen: Observation, plan: Plan) -> None:
         """Raises MovedOn, Blocked or ApiError; what is left is planned anew."""
@@ -71,11 +71,10 @@ class Executor:
         if plan.stop_coordinator:
             await self._stop(seen, plan.stop_coordinator)
         await _all(self._delete_pod(job, item) for item in plan.delete_pods)
+        self._refusals[job.uid] = []  # what is still refused is refused anew
         if plan.apply_shared:
             documents = build.shared(job, self._settings, job_token(self._token_key, job.uid))
             await _all(self._apply_shared(job, document) for document in documents)
-        wanted = {(item.role, item.index) for item in plan.create_pods}
-        self._refusals[job.uid] = {who: why for who, why in self._refusals.get(job.uid, {}).items() if who in wanted}
         await _all(self._create_pod(job, item, status) for item in plan.create_pods)
         await _all(self._delete_config_map(job, name) for name in plan.delete_config_maps)
         if plan.delete_job:
@@ -87,8 +86,8 @@ class Executor:
         self._ours = {entry for entry in self._ours if entry[0] != job_uid}
 
     def refusals(self, job_uid: str) -> tuple[Refusal, ...]:
-        """Pods that the API server did not take when they were last to be made. After a restart they are tried, and refused, anew."""
-        return tuple(self._refusals.get(job_uid, {}).values())
+        """What the API server did not take when it was last to be made. After a restart it is tried, and refused, anew."""
+        return tuple(sorted(self._refusals.get(job_uid, ()), key=lambda refusal: refusal.what))
 
     # ---- status
 
@@ -161,11 +160,8 @@ class Executor:
             if error.already_exists:
                 await self._adopt_or_refuse(job, document)
                 return
-            if error.status in (400, 403, 422):
-                refusal = Refusal(item.role, item.index, error.message, invalid=error.status == 422)
-                self._refusals[job.uid][item.role, item.index] = refusal
+            self._note_refusal(job, document, error, (item.role, item.index))
             raise
-        self._refusals[job.uid].pop((item.role, item.index), None)
         self._watches.expect(PODS.plural, made["metadata"]["uid"], version_of(made))
         self._store.update_pod(made)
 
@@ -208,12 +204,21 @@ class Executor:
             if error.namespace_ending:
                 raise MovedOn(f"namespace {job.namespace} is being deleted") from error
             if not error.already_exists:
+                self._note_refusal(job, document, error)
                 raise
             there = await self._api.merge(resource, job.namespace, name, {})  # a Secret may be patched but not read
             if not is_owned(there, job.uid):
                 await self._refuse(job, there, kind)
             await self._api.apply(document)
         self._ours.add(entry)
+
+    def _note_refusal(
+        self, job: Job, document: dict[str, Any], error: ApiError, member: tuple[Role, int] | None = None
+    ) -> None:
+        if error.status in (400, 403, 422):
+            what = f"{document['kind']} {document['metadata']['name']}"
+            invalid = member is not None and error.status == 422
+            self._refusals[job.uid].append(Refusal(what, error.message, member, invalid))
 
     async def _delete_config_map(self, job: Job, name: str) -> None:
         """The name comes from a pod's volume, and a job's pod template may have put any there."""

@@ -70,14 +70,15 @@ def deleted(role: Role, index: int) -> Diagnosis:
 
 
 def refused(refusal: Refusal) -> Diagnosis:
-    """Why there is no pod."""
-    words = f"{member_name(refusal.role, refusal.index)} was refused by the API server: {refusal.message}"
+    """Why there is no such object, and so no pod."""
+    what = member_name(*refusal.member) if refusal.member is not None else refusal.what
+    words = f"{what} was refused by the API server: {refusal.message}"
     if refusal.invalid:
         return Diagnosis("InvalidPod", _cut(words, "Correct runtime.podTemplate, or the field that the message names."))
     if "exceeded quota" in refusal.message:
         advice = "Lower rollout.replicas or runtime.resources, or have the ResourceQuota of the namespace raised."
         return Diagnosis("QuotaExceeded", _cut(words, advice))
-    return Diagnosis("PodRefused", _cut(words))
+    return Diagnosis("PodRefused" if refusal.member is not None else "ObjectRefused", _cut(words))
 
 
 def not_started(pod: Pod, spec: Spec) -> Diagnosis | None:

@@ -107,10 +107,10 @@ class Draft:
 
     @property
     def refusals(self) -> list[Refusal]:
-        """Of pods that the job wants and still lacks."""
+        """Of what pods wait for that the job wants and still lacks."""
         there = {(pod.role, pod.index) for pod in self.seen.pods}
-        wanted = {*self.members, *((Role.ROLLOUT, index) for index in range(self.spec.rollout.replicas))}
-        return [item for item in self.seen.refusals if (item.role, item.index) in wanted - there]
+        lacking = {*self.members, *((Role.ROLLOUT, index) for index in range(self.spec.rollout.replicas))} - there
+        return [item for item in self.seen.refusals if lacking and (item.member is None or item.member in lacking)]
 
     # the coordinator's word
 

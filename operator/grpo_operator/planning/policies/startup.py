@@ -28,8 +28,10 @@ def limit(draft: Draft) -> bool:
             draft.fail(found.reason, found.message)
             return True
     for refusal in draft.refusals:
-        if refusal.invalid and draft.status.progress is None:  # a job that has trained has had such pods
-            loss = Loss(refusal.role, refusal.index, diagnose.refused(refusal))
+        if (
+            refusal.invalid and refusal.member is not None and draft.status.progress is None
+        ):  # else it has had such pods
+            loss = Loss(*refusal.member, diagnose.refused(refusal))
             restart.record(draft, loss, "FailJob", counted=True)
             draft.fail(loss.diagnosis.reason, loss.diagnosis.message)
             return True
