@@ -260,7 +260,7 @@ def test_the_ttl_deletes_the_job(cluster: Cluster):
     cluster.submit(ttlSecondsAfterFinished=1)
     cluster.run_all()
     pods = cluster.pods()
-    for name in ("coordinator", "trainer-0"):
+    for name in ("trainer-0", "coordinator"):  # the job ends with its coordinator, and takes the others along
         cluster.end_pod(pods[name], 0)
 
     def gone() -> bool:
