@@ -47,6 +47,8 @@ def test_a_job_is_submitted_looked_at_stopped_and_resumed(tenant: Tenant) -> Non
     assert resumed.returncode == 0, resumed
     job.until_step(saved + 2)
     assert [record["step"] for record in job.records("ledger.jsonl")][: saved + 2] == list(range(1, saved + 3))
+    trained = job.trained()
+    assert len(trained) == len(set(trained))
     job.delete()
 
 

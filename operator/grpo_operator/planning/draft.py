@@ -69,6 +69,11 @@ class Draft:
         return [(Role.COORDINATOR, 0), *((Role.TRAINER, index) for index in range(self.spec.trainer.nodes))]
 
     @property
+    def wanted(self) -> list[tuple[Role, int]]:
+        """All that the job is to have: the set and rollout.replicas engines."""
+        return [*self.members, *((Role.ROLLOUT, index) for index in range(self.spec.rollout.replicas))]
+
+    @property
     def set_pods(self) -> list[Pod]:
         """Coordinator and trainer pods of the present attempt."""
         return [pod for pod in self.seen.pods if pod.role is not Role.ROLLOUT and pod.attempt == self.attempt]
@@ -109,7 +114,7 @@ class Draft:
     def refusals(self) -> list[Refusal]:
         """Of what pods wait for that the job wants and still lacks."""
         there = {(pod.role, pod.index) for pod in self.seen.pods}
-        lacking = {*self.members, *((Role.ROLLOUT, index) for index in range(self.spec.rollout.replicas))} - there
+        lacking = set(self.wanted) - there
         return [item for item in self.seen.refusals if lacking and (item.member is None or item.member in lacking)]
 
     # the coordinator's word

@@ -33,10 +33,6 @@ def summarize(draft: Draft) -> None:
     draft.update(state=state, message=_message(draft, state), observed_generation=draft.job.generation)
 
 
-def _wanted(draft: Draft) -> list[tuple[Role, int]]:
-    return [*draft.members, *((Role.ROLLOUT, index) for index in range(draft.spec.rollout.replicas))]
-
-
 def _present(draft: Draft) -> list[Pod]:
     """The pods that the job wants and has."""
     return [pod for pod in (*draft.set_pods, *draft.rollouts) if pod.ended is None]
@@ -103,7 +99,7 @@ def _scheduled(draft: Draft) -> None:
     if stuck is not None:
         _announce(draft, "Scheduled", stuck)
         draft.condition("Scheduled", "False", stuck.reason, stuck.message)
-    elif missing := [member for member in _wanted(draft) if member not in there]:
+    elif missing := [member for member in draft.wanted if member not in there]:
         names = ", ".join(draft.pod_name(*member) for member in missing)
         draft.condition("Scheduled", "False", "PodsMissing", f"To be made: {names}.")
     elif waiting:
@@ -114,7 +110,7 @@ def _scheduled(draft: Draft) -> None:
 
 def _ready(draft: Draft) -> None:
     there = {(pod.role, pod.index): pod for pod in _present(draft)}
-    unready = [member for member in _wanted(draft) if member not in there or not there[member].ready]
+    unready = [member for member in draft.wanted if member not in there or not there[member].ready]
     found = next(
         (
             found
