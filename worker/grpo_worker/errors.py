@@ -6,6 +6,21 @@ the same `reason` and `message`. The local supervisor and the operator decide fr
 
 from enum import IntEnum
 
+MAX_LINE_CHARACTERS = 600
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, in one line that fits into a sentence: all of its lines, without the C++ stack that torch appends.
+
+    Never nothing: an error without words is its type. Of a very long text both ends stay.
+    """
+    text = " ".join(str(error).partition("Exception raised from ")[0].split())
+    if isinstance(error, KeyError) or not text:
+        text = ": ".join(filter(None, (type(error).__name__, text))) if isinstance(error, BaseException) else text
+    if len(text) > MAX_LINE_CHARACTERS:
+        text = f"{text[: MAX_LINE_CHARACTERS * 2 // 3]} … {text[-MAX_LINE_CHARACTERS // 3 :]}"
+    return text
+
 
 class ExitCode(IntEnum):
     """What a supervisor does next, by process exit code (the numbers follow sysexits.h up to 78)."""

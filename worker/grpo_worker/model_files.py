@@ -1,4 +1,4 @@
-"""What a model directory says about itself, read from headers alone.
+"""What a model directory consists of, and what it says about itself, read from names and headers alone.
 
 Invariant: no tensor is loaded and torch is not imported.
 """
@@ -6,7 +6,30 @@ Invariant: no tensor is loaded and torch is not imported.
 import json
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+TEMPLATES_FOLDER = "additional_chat_templates"
+# Beside the weights: tokenizers, chat templates, generation_config.json, processors, custom code, the licence. Named by kind,
+# so a directory that also holds data or other people's checkpoints is not copied with them.
+SMALL_FILES = (
+    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "*.py", "*.md", "tokenizer*", "LICEN[CS]E*",
+    "NOTICE*",
+)  # fmt: skip
+
+
+def files_beside_weights(directory: Path) -> Iterator[Path]:
+    """What a copy of the model needs beside config.json and the weights with their index, relative to `directory`."""
+    for folder, patterns in ((directory, SMALL_FILES), (directory / TEMPLATES_FOLDER, ("*.jinja",))):
+        names = {path for pattern in patterns for path in folder.glob(pattern)}
+        for path in sorted(names):
+            written_anew = (
+                path.name == CONFIG_FILE or path.name.endswith(".index.json") or path.suffix == ".safetensors"
+            )
+            if path.is_file() and not written_anew:
+                yield path.relative_to(directory)
 
 
 def parameter_count(path: str) -> int | None:

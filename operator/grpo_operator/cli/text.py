@@ -20,7 +20,7 @@ from grpo_operator.cli.reading import (
     suspend_asked,
 )
 from grpo_operator.labels import JOB
-from grpo_worker.errors import ExitCode
+from grpo_worker.errors import ExitCode, one_line
 
 DASH = "–"
 SHOWN_FAILURES = 3
@@ -221,7 +221,7 @@ def _condition(entry: Mapping[str, Any]) -> str:
 def _failure(entry: Mapping[str, Any], now: float) -> str:
     code = entry.get("exitCode")
     ended_with = [f"exit code {code}" if code is not None else "", str(entry.get("reason") or "")]
-    message = str(entry.get("message") or "").strip().split("\n", 1)[0]
+    message = one_line(str(entry.get("message") or ""))
     then = f" -> {entry.get('action')}" + ("" if entry.get("counted") in (None, True) else ", not counted")
     return (
         f"{age(seconds(entry.get('time')), now)} ago  {entry.get('pod') or DASH}: {' '.join(filter(None, ended_with)) or 'ended'}"

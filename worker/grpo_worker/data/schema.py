@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_worker.data.options import DataOptions
-from grpo_worker.errors import DataError
+from grpo_worker.errors import DataError, one_line
 
 MAGIC = b"PAR1"
 
@@ -105,7 +105,7 @@ def check_file(path: Path, options: DataOptions, label: str) -> FileSchema:
         with pq.ParquetFile(path) as file:
             metadata, arrow_schema = file.metadata, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{label}: {path} cannot be read as Parquet ({_first_line(error)}). Write it again.") from error
+        raise DataError(f"{label}: {path} cannot be read as Parquet ({one_line(error)}). Write it again.") from error
     if metadata.num_rows == 0:
         raise DataError(f"{label}: {path.name} is empty (0 rows). Remove it from the list, or write it again.")
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -279,7 +279,3 @@ def _mixed_kinds(schemas: Sequence[FileSchema], options: DataOptions) -> list[st
 def _either(kinds: tuple[Kind, ...]) -> str:
     words = {Kind.TEXT: "text", Kind.MESSAGES: "a list of {role, content} messages", Kind.NUMBER: "a number"}
     return " or ".join(words[kind] for kind in kinds)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

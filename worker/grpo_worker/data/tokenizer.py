@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_worker.errors import DataError
+from grpo_worker.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ def _near_directories(local: Path) -> str:
 
 
 def _load_message(path: str, revision: str | None, local: Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = one_line(error)
     if local.is_dir():
         if not any((local / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
             held = sorted(entry.name for entry in local.iterdir())[:6]

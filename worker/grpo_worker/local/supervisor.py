@@ -41,6 +41,7 @@ from grpo_worker.errors import (
     StalledError,
     UsageError,
     YieldedError,
+    one_line,
 )
 from grpo_worker.local.child import Child, ChildSpec
 from grpo_worker.local.placement import Machine, Process, device_count, free_port, place, require_free
@@ -245,7 +246,7 @@ class Supervisor:
         self._events.emit(
             "warning",
             reason,
-            f"{decision.culprit} ended ({_code_text(culprit.code)}): {message.splitlines()[0] if message else reason}. "
+            f"{decision.culprit} ended ({_code_text(culprit.code)}): {one_line(message) or reason}. "
             f"Restarting {' and '.join(names)} in {wait:.0f} s",
         )
         for name in names:

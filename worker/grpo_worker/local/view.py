@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from grpo_worker.errors import one_line
 from grpo_worker.metric_loggers.events import Event
 from grpo_worker.metric_loggers.formatting import DASH, format_duration, format_number, sparkline, step_line
 from grpo_worker.metric_loggers.names import STEP_PARTS, finite
@@ -321,7 +322,7 @@ class _RunPanel:
     def _event(event: Event) -> Text:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{_clock(event['time'])} ", style="dim")
-        line.append(event["message"].splitlines()[0] if event["message"] else "", _LEVEL_STYLES.get(event["level"], ""))
+        line.append(one_line(event["message"]), _LEVEL_STYLES.get(event["level"], ""))
         return line
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from grpo_worker.errors import ConfigError, RetryableError
+from grpo_worker.errors import ConfigError, RetryableError, one_line
 
 ERROR_KEY = "trainer/error"
 TERMINATING_KEY = "trainer/terminating"
@@ -154,13 +154,7 @@ def _rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         return dist.TCPStore(_store_host(rank), port, world_size, is_master=rank == 0, timeout=timeout)
     except dist.DistNetworkError as error:
         if rank == 0:
-            raise ConfigError(
-                f"network.rendezvousPort: {address}:{port} cannot be used: {_first_line(error)}"
-            ) from error
-        raise RetryableError(f"rank {rank} did not reach rank 0 at {address}:{port}: {_first_line(error)}") from error
+            raise ConfigError(f"network.rendezvousPort: {address}:{port} cannot be used: {one_line(error)}") from error
+        raise RetryableError(f"rank {rank} did not reach rank 0 at {address}:{port}: {one_line(error)}") from error
     except dist.DistError as error:
-        raise RetryableError(f"the ranks did not meet at {address}:{port}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+        raise RetryableError(f"the ranks did not meet at {address}:{port}: {one_line(error)}") from error

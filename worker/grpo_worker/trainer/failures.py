@@ -6,7 +6,7 @@ Invariant: each exception becomes one reason, one message that says what to do, 
 import torch
 import torch.distributed as dist
 
-from grpo_worker.errors import CheckpointDamagedError, DeviceError, ExitCode, GRPOError
+from grpo_worker.errors import CheckpointDamagedError, DeviceError, ExitCode, GRPOError, one_line
 from grpo_worker.protocol.messages import RemoteError
 
 
@@ -21,8 +21,7 @@ class OperationRefused(Exception):
 def remote_error(exception: BaseException, operation: str, rank: int) -> RemoteError:
     """What the caller, and this process's supervisor, are told."""
     where = f"trainer rank {rank}, {operation}"
-    text = str(exception).strip().splitlines()
-    first = text[0] if text else type(exception).__name__
+    said = root_cause(exception)
     if isinstance(exception, OperationRefused):
         cause = exception.error
         return RemoteError(reason=cause.reason, message=str(cause), exit_code=int(cause.exit_code), recoverable=True)
@@ -30,23 +29,18 @@ def remote_error(exception: BaseException, operation: str, rank: int) -> RemoteE
         return RemoteError(reason=exception.reason, message=str(exception), exit_code=int(exception.exit_code))
     if isinstance(exception, (torch.OutOfMemoryError, MemoryError)):
         message = (
-            f"{where}: out of memory: {first} Lower actor.ppoMaxTokenLenPerGPU (or ppoMicroBatchSizePerGPU), set "
+            f"{where}: out of memory: {said} Lower actor.ppoMaxTokenLenPerGPU (or ppoMicroBatchSizePerGPU), set "
             "model.enableGradientCheckpointing: true, or offload with actor.fsdp.paramOffload and optimizerOffload."
         )
         return RemoteError(reason="OutOfMemory", message=message, exit_code=int(ExitCode.CONFIG))
-    if (
-        isinstance(exception, dist.DistError)
-        or "Gloo" in first
-        or "gloo" in first
-        or "Connection closed by peer" in first
-    ):
+    if isinstance(exception, dist.DistError) or "gloo" in said.lower() or "Connection closed by peer" in said:
         if "NCCL" in str(exception):
-            return RemoteError(reason=DeviceError.reason, message=f"{where}: {first}", exit_code=int(ExitCode.DEVICE))
-        message = f"{where}: another rank is gone: {first}"
+            return RemoteError(reason=DeviceError.reason, message=f"{where}: {said}", exit_code=int(ExitCode.DEVICE))
+        message = f"{where}: another rank is gone: {said}"
         return RemoteError(reason="RankLost", message=message, exit_code=int(ExitCode.RETRY))
     if "CUDA error" in str(exception) or "NCCL" in str(exception):
-        return RemoteError(reason=DeviceError.reason, message=f"{where}: {first}", exit_code=int(ExitCode.DEVICE))
-    message = f"{where}: {type(exception).__name__}: {first}"
+        return RemoteError(reason=DeviceError.reason, message=f"{where}: {said}", exit_code=int(ExitCode.DEVICE))
+    message = f"{where}: {type(exception).__name__}: {said}"
     return RemoteError(reason="InternalError", message=message, exit_code=int(ExitCode.INTERNAL))
 
 
@@ -62,11 +56,10 @@ def damaged(directory: str, exception: BaseException) -> CheckpointDamagedError:
 
 
 def root_cause(exception: BaseException) -> str:
-    """One line: DCP wraps each rank's exception, with its traceback, in its own."""
+    """In one line: DCP wraps each rank's exception, with its traceback, in its own."""
     failures = getattr(exception, "failures", None)
     if isinstance(failures, dict) and failures:
         rank, wrapped = sorted(failures.items())[0]
         inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         return f"rank {rank}: {root_cause(inner)}"
-    text = str(exception).strip().splitlines()
-    return text[0] if text else type(exception).__name__
+    return one_line(exception)

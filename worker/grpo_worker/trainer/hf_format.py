@@ -1,26 +1,24 @@
-"""A model directory in the Hugging Face format: safetensors, config, tokenizer.
+"""A model directory in the Hugging Face format: the source's files, and weights of our own.
 
-Invariant: what is written loads in Transformers and vLLM as it is; a tied LM head is left out, as they expect.
+Invariant: what is written is what the source was, but for the weights: other files are copied byte for byte, and config.json
+changes in what the weights changed. So it loads in Transformers and vLLM as the source does; a tied LM head is left out, as they
+expect.
 """
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_worker.model_files import CONFIG_FILE, INDEX_FILE, files_beside_weights
+
 MAX_SHARD_BYTES = 5 * 10**9
-INDEX_NAME = "model.safetensors.index.json"
-# Everything a model directory may hold beside weights: tokenizers, chat templates, processors.
-COPIED_PATTERNS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
-    "*.tiktoken", "preprocessor_config.json", "LICENSE*",
-)  # fmt: skip
 
 
 def split_shards(sizes: Mapping[str, int], limit_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
@@ -39,7 +37,7 @@ def split_shards(sizes: Mapping[str, int], limit_bytes: int = MAX_SHARD_BYTES) -
 def write_model(
     directory: Path, lm: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype, source: Path | None
 ) -> None:
-    """Write `state` and what belongs to it. `source` is the directory that the tokenizer's files are copied from."""
+    """Write `state` and what belongs to it. `source` is the model's directory."""
     directory.mkdir(parents=True, exist_ok=True)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     shards = split_shards(sizes)
@@ -50,15 +48,22 @@ def write_model(
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    config = copy.deepcopy(lm.config)
-    config.architectures = [type(lm).__name__]
-    config.dtype = dtype
-    config.save_pretrained(directory)
-    if lm.generation_config is not None:
-        lm.generation_config.save_pretrained(directory)
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / CONFIG_FILE).write_text(json.dumps(_config(lm, dtype, source), indent=2, ensure_ascii=False) + "\n")
     if source is not None:
-        for pattern in COPIED_PATTERNS:
-            for file_path in sorted(source.glob(pattern)):
-                if file_path.is_file():
-                    shutil.copyfile(file_path, directory / file_path.name)
+        for name in files_beside_weights(source):
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, directory / name)
+
+
+def _config(lm: PreTrainedModel, dtype: torch.dtype, source: Path | None) -> dict[str, Any]:
+    """The source's config.json with our dtype and class; the loaded one when it is of another kind (the text part of a larger model)."""
+    config: dict[str, Any] = lm.config.to_dict()
+    if source is not None:
+        original = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+        if original.get("model_type") == lm.config.model_type:
+            if "quantization_config" not in config:  # was undone when the model was loaded
+                original.pop("quantization_config", None)
+            config = original
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    return config | {"architectures": [type(lm).__name__]} | dict.fromkeys(names, str(dtype).removeprefix("torch."))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from grpo_worker.errors import ConfigError, DataError
+from grpo_worker.errors import ConfigError, DataError, one_line
 from grpo_worker.trainer import attention
 from grpo_worker.trainer.batch import MicroBatch
 from grpo_worker.trainer.logprobs import EAGER, ChunkKernels, chunked_log_probs
@@ -60,7 +60,7 @@ def load_config(path: str, revision: str | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"model.path: no model at {path!r}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"model.path: no model at {path!r}: {one_line(error)}") from error
 
 
 def check_supported(config: PreTrainedConfig, options: TrainerOptions) -> None:
@@ -93,7 +93,7 @@ def load_language_model(options: TrainerOptions) -> PreTrainedModel:
             path, revision=revision, dtype="auto", attn_implementation=implementation, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise DataError(f"model.path: {path!r} does not load: {str(error).splitlines()[0]}") from error
+        raise DataError(f"model.path: {path!r} does not load: {one_line(error)}") from error
     decoder, head = getattr(lm, "model", None), getattr(lm, "lm_head", None)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not isinstance(head, nn.Linear):
         raise ConfigError(f"model.path: {type(lm).__name__} is no decoder with `model.layers` and `lm_head`.")
