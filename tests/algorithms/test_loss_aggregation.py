@@ -14,7 +14,6 @@ from grpo_worker.algorithms import (
     LossNormalizer,
     PolicyLossInputs,
     aggregate,
-    global_counts,
     total_loss,
 )
 from grpo_worker.errors import DataError, UsageError
@@ -40,9 +39,7 @@ SEQ_IDS = [0, 0, 0, 1, 2, 2]
 )
 def test_each_mode_by_hand_with_a_fully_masked_sequence(mode: LossAggMode, expected: float) -> None:
     mask, seq_ids = torch.tensor(MASK), torch.tensor(SEQ_IDS)
-    tokens, seqs = global_counts(mask, seq_ids, 3)
-    assert (tokens, seqs) == (3, 2)
-    normalizer = LossNormalizer(mode, tokens, seqs, MAX_RESPONSE_TOKENS)
+    normalizer = LossNormalizer(mode, 3, 2, MAX_RESPONSE_TOKENS)
     assert aggregate(torch.tensor(LOSS), mask, seq_ids, 3, normalizer).item() == pytest.approx(expected)
 
 
@@ -120,7 +117,7 @@ def test_any_split_into_micro_batches_and_ranks_has_the_value_and_gradient_of_th
     order = data.draw(st.permutations(range(len(lengths))))
     owner = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
     parts = [part for k in range(4) if (part := [seq for seq in order if owner[seq] == k])]
-    counts = global_counts(batch.mask, batch.seq_ids, batch.num_seqs)
+    counts = int(batch.mask.sum()), len(set(batch.seq_ids[batch.mask.bool()].tolist()))
     normalizer = LossNormalizer(mode, *counts, MAX_RESPONSE_TOKENS)
 
     def value_and_gradient(split: list[list[int]]) -> tuple[float, Tensor]:
@@ -137,13 +134,6 @@ def test_any_split_into_micro_batches_and_ranks_has_the_value_and_gradient_of_th
     split_value, split_gradient = value_and_gradient(parts)
     assert split_value == pytest.approx(whole_value, rel=1e-10, abs=1e-12)
     torch.testing.assert_close(split_gradient, whole_gradient, rtol=1e-10, atol=1e-12)
-
-
-def test_counts_of_parts_add_up_to_the_counts_of_the_whole() -> None:
-    mask, seq_ids = torch.tensor(MASK), torch.tensor(SEQ_IDS)
-    parts = [global_counts(mask[seq_ids == seq], torch.zeros(int((seq_ids == seq).sum()), dtype=torch.int64), 1)
-             for seq in range(3)]  # fmt: skip
-    assert tuple(map(sum, zip(*parts, strict=True))) == global_counts(mask, seq_ids, 3)
 
 
 def test_importance_weights_touch_the_policy_term_alone() -> None:

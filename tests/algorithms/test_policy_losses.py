@@ -12,7 +12,6 @@ from grpo_worker.algorithms import (
     PolicyLossInputs,
     aggregate,
     aggregation_of,
-    global_counts,
 )
 from grpo_worker.errors import DataError, UsageError
 
@@ -100,7 +99,7 @@ def test_gspo_uses_the_geometric_mean_ratio_of_valid_tokens() -> None:
 def test_gspos_gradient_is_that_of_the_sequence_objective() -> None:
     log_ratios, seq_ids, advantages = [0.1, -0.2, 0.15, 0.02, 0.05], [0, 0, 0, 1, 1], [1.5, 1.5, 1.5, -0.5, -0.5]
     batch = inputs(log_ratios, advantages, seq_ids=seq_ids)
-    normalizer = LossNormalizer(aggregation_of("gspo", "token-mean"), *global_counts(batch.mask, batch.seq_ids, 2), 99)
+    normalizer = LossNormalizer(aggregation_of("gspo", "token-mean"), 5, 2, 99)
     token_form = aggregate(POLICY_LOSSES["gspo"](batch).loss, batch.mask, batch.seq_ids, 2, normalizer)
 
     # The paper's objective, over sequences: J = 1/N sum_i A_i s_i with s_i = exp(mean_t (l - l_old)).

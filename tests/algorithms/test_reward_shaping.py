@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo_worker.algorithms import filter_groups, has_signal, overlong_penalty
+from grpo_worker.algorithms import has_signal, overlong_penalty
 from grpo_worker.errors import DataError, UsageError
 
 
@@ -38,14 +38,6 @@ def test_a_buffer_outside_the_response_is_refused(buffer_tokens: int) -> None:
 )
 def test_a_group_has_signal_when_its_metric_varies(values: list[float], signal: bool) -> None:
     assert has_signal(values) is signal
-    kept = filter_groups(torch.tensor(values, dtype=torch.float64), torch.zeros(len(values), dtype=torch.int64))
-    assert kept.tolist() == [signal] * len(values)
-
-
-def test_groups_are_dropped_whole_and_judged_apart() -> None:
-    values = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
-    groups = torch.tensor([9, 4, 9, 4, 2, 2])
-    assert filter_groups(values, groups).tolist() == [False, False, False, False, True, True]
 
 
 def test_an_empty_group_is_refused() -> None:

@@ -53,7 +53,6 @@ def prompt(position: int, epoch: int = 0, text: str = "") -> Prompt:
         token_ids=[position + 10, 7],
         text=text or f"prompt {position}",
         ground_truth=str(position),
-        response="",
         data={},
         file=0,
         row=position,

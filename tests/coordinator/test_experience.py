@@ -11,7 +11,7 @@ from coordinator_helpers import prompt, sample
 
 from grpo_worker.algorithms import ESTIMATORS, make_kl_controller
 from grpo_worker.config.algorithm import Algorithm
-from grpo_worker.coordinator.experience import Experience, Judged, assemble, judge
+from grpo_worker.coordinator.experience import Credited, Experience, assemble, assign_credit
 from grpo_worker.coordinator.groups import Group, Sample
 from grpo_worker.coordinator.schedule import Batch
 from grpo_worker.coordinator.step_metrics import (
@@ -48,11 +48,11 @@ def reply(log_probs: list[float] | None, reference: list[float] | None = None) -
 OLD = [-1.0, -2.0, -0.5, -1.0, -1.0, -1.0, -4.0]  # as the engine said: no correction
 
 
-def judged(
+def credited(
     log_probs: LogProbsReply | None = None, *, controller: Any = None, limit: int = 10, **algorithm: Any
-) -> Judged:
+) -> Credited:
     settings = Algorithm.model_validate(algorithm)
-    return judge(
+    return assign_credit(
         experience(),
         log_probs or reply(OLD),
         settings,
@@ -88,20 +88,29 @@ def test_a_group_that_lost_samples_counts_those_that_are_left() -> None:
     assert assemble(groups, 1).mini_batch_sequences == [2, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("groups", "at_most", "sizes"),
+    [(33, 32, [17, 16]), (64, 32, [32, 32]), (65, 32, [22, 22, 21]), (5, 32, [5]), (7, 2, [2, 2, 2, 1])],
+)
+def test_no_update_of_a_step_is_much_smaller_than_the_others(groups: int, at_most: int, sizes: list[int]) -> None:
+    made = [Group(order=order, prompt=prompt(order), samples=[sample([1], 0.0)] * 2) for order in range(groups)]
+    assert assemble(made, at_most).mini_batch_sequences == [2 * size for size in sizes]
+
+
 def test_grpo_compares_a_sample_with_its_group() -> None:
-    result = judged(normAdvByStd=False)
+    result = credited(normAdvByStd=False)
     assert result.advantages.tolist() == [0.5, 0.5, -0.5, 1.0, 1.0, 1.0, -1.0]
-    normed = judged().advantages
+    normed = credited().advantages
     # Two samples r1 > r2: the deviation is (r1 - r2) / 2, the standard deviation with n - 1 is (r1 - r2) / sqrt(2).
     torch.testing.assert_close(normed.abs(), torch.full((7,), 1 / math.sqrt(2)), atol=1e-5, rtol=0)
 
 
 def test_the_reward_sits_on_the_last_token() -> None:
-    assert judged().token_rewards.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 1.0]
+    assert credited().token_rewards.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 1.0]
 
 
 def test_the_engines_log_probs_stand_in_bypass_mode() -> None:
-    result = judge(
+    result = assign_credit(
         experience(),
         None,
         Algorithm.model_validate({"rolloutCorrection": {"bypassMode": True}}),
@@ -117,7 +126,7 @@ def test_the_engines_log_probs_stand_in_bypass_mode() -> None:
 def test_kl_in_the_reward_is_taken_from_each_token() -> None:
     reference = [-1.5, -2.0, -0.5, -1.0, -3.0, -1.0, -4.0]  # k1: 0.5 on the first token, 2 on the fifth
     controller = make_kl_controller("adaptive", 0.1, horizon=100, target_kl=0.1)
-    result = judged(
+    result = credited(
         reply(OLD, reference), useKLInReward=True, klPenalty="k1", controller=controller, normAdvByStd=False
     )
     expected = [0.0 - 0.05, 1.0, 0.0, 0.0, -0.2, 3.0, 1.0]
@@ -144,7 +153,7 @@ def test_a_long_answer_is_penalised_over_the_last_tokens(
     limit: int, buffer: int | None, penalties: list[float]
 ) -> None:
     overlong = {"enable": True} | ({} if buffer is None else {"length": buffer})
-    result = judged(overlongBuffer=overlong, advantageEstimator="reinforce", limit=limit)
+    result = credited(overlongBuffer=overlong, advantageEstimator="reinforce", limit=limit)
     rewards = [score + penalty for score, penalty in zip([1.0, 0.0, 3.0, 1.0], penalties, strict=True)]
     by_token = [reward for reward, length in zip(rewards, [2, 1, 3, 1], strict=True) for _ in range(length)]
     torch.testing.assert_close(result.advantages, torch.tensor(by_token))
@@ -153,7 +162,7 @@ def test_a_long_answer_is_penalised_over_the_last_tokens(
 
 def test_a_token_that_the_trainer_likes_more_than_the_engine_weighs_more_up_to_the_threshold() -> None:
     old = [-1.0 + math.log(1.5), -2.0 + math.log(8.0), -0.5 - math.log(4.0), *OLD[3:]]
-    result = judged(reply(old), rolloutCorrection={"rolloutIs": "token", "rolloutIsThreshold": 2.0})
+    result = credited(reply(old), rolloutCorrection={"rolloutIs": "token", "rolloutIsThreshold": 2.0})
     torch.testing.assert_close(result.is_weights, torch.tensor([1.5, 2.0, 0.25, 1.0, 1.0, 1.0, 1.0]))
     assert result.mask.all()
 
@@ -162,13 +171,13 @@ def test_a_lower_threshold_makes_outliers_zero() -> None:
     old = [-1.0 + math.log(1.5), -2.0 + math.log(8.0), -0.5 - math.log(4.0), *OLD[3:]]
     correction = {"rolloutIs": "token", "rolloutIsThreshold": 2.0, "rolloutIsLowerThreshold": 0.5}
     torch.testing.assert_close(
-        judged(reply(old), rolloutCorrection=correction).is_weights, torch.tensor([1.5, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+        credited(reply(old), rolloutCorrection=correction).is_weights, torch.tensor([1.5, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     )
 
 
 def test_rejected_tokens_leave_the_mask_and_the_wire_says_so() -> None:
     old = [-1.0, -2.0 + 3.0, *OLD[2:]]
-    result = judged(reply(old), rolloutCorrection={"rolloutIs": "none", "rolloutRs": ["token_k2"], "rolloutRsThreshold": 2.0})  # fmt: skip
+    result = credited(reply(old), rolloutCorrection={"rolloutIs": "none", "rolloutRs": ["token_k2"], "rolloutRsThreshold": 2.0})  # fmt: skip
     assert result.mask.tolist() == [True, False, True, True, True, True, True]  # d = 3: d^2 / 2 = 4.5 > 2
     wire = result.wire()
     assert wire.response_mask is not None
@@ -177,8 +186,8 @@ def test_rejected_tokens_leave_the_mask_and_the_wire_says_so() -> None:
     assert wire.is_weights.numpy().tolist() == [1.0] * 7
 
 
-def test_the_wire_carries_what_was_judged() -> None:
-    result = judged()
+def test_the_wire_carries_advantages_and_weights() -> None:
+    result = credited()
     wire = result.wire()
     assert wire.prompt_lengths.numpy().tolist() == [2, 2, 2, 2]
     assert wire.response_lengths.numpy().tolist() == [2, 1, 3, 1]
@@ -192,7 +201,7 @@ def test_the_wire_carries_what_was_judged() -> None:
 
 
 def test_metrics_of_an_experience_are_those_of_the_numbers() -> None:
-    metrics = experience_metrics(judged(normAdvByStd=False), 3)
+    metrics = experience_metrics(credited(normAdvByStd=False), 3)
     expected = {
         "critic/score/mean": 1.25, "critic/score/max": 3.0, "critic/score/min": 0.0,
         "critic/rewards/mean": 1.25,
@@ -274,8 +283,8 @@ def test_observed_tokens_change_nothing_of_what_sampled_ones_get(estimator: str,
     for groups, fill in ((two_groups(), lambda values, filler: values), (OBSERVED, among_observed)):
         controller = make_kl_controller("adaptive", 0.1, horizon=100, target_kl=0.1)
         log_probs = reply(fill(old, -50.0), fill(reference, -0.1))
-        judged = judge(assemble(groups, 2), log_probs, settings, ESTIMATORS[estimator], controller, 10)
-        results.append((judged, controller.coefficient))
+        credited = assign_credit(assemble(groups, 2), log_probs, settings, ESTIMATORS[estimator], controller, 10)
+        results.append((credited, controller.coefficient))
     (plain, coefficient), (agents, agents_coefficient) = results
     assert agents.experience.mask.tolist() == SAMPLED.tolist()
     torch.testing.assert_close(agents.advantages[SAMPLED], plain.advantages)
@@ -290,7 +299,7 @@ def test_observed_tokens_change_nothing_of_what_sampled_ones_get(estimator: str,
 def test_an_agents_metrics_tell_sampled_from_observed_tokens() -> None:
     made = assemble(OBSERVED, 2)
     metrics = experience_metrics(
-        judge(made, None, Algorithm(), ESTIMATORS["grpo"], make_kl_controller("fixed", 0.1, horizon=1, target_kl=1), 10), 10
+        assign_credit(made, None, Algorithm(), ESTIMATORS["grpo"], make_kl_controller("fixed", 0.1, horizon=1, target_kl=1), 10), 10
     )  # fmt: skip
     expected = {
         "agent/turns/mean": 2.0, "agent/sampled_tokens/mean": 7 / 4, "agent/sampled_tokens/max": 3.0, "agent/observed_tokens/mean": 6 / 4,
@@ -298,7 +307,7 @@ def test_an_agents_metrics_tell_sampled_from_observed_tokens() -> None:
     }  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert performance_metrics(made, {"gen": 0.7, "step": 3.0}, 1)["timing_per_token_ms/gen"] == pytest.approx(100.0)
-    assert not any(name.startswith("agent/") for name in experience_metrics(judged(), 3))
+    assert not any(name.startswith("agent/") for name in experience_metrics(credited(), 3))
 
 
 def test_the_trainer_is_told_which_tokens_were_observed() -> None:

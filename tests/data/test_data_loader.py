@@ -60,7 +60,7 @@ def test_without_shuffle_rows_come_in_file_order_with_all_their_columns(
     ]
     third = prompts[2]
     assert (third.uid, third.epoch, third.position, third.text) == ("e0-f0-r4", 0, 2, "a4")
-    assert (third.ground_truth, third.response, third.data) == ("4", "", {"level": 4})
+    assert (third.ground_truth, third.data) == ("4", {"level": 4})
     assert encoder.tokenizer.decode(third.token_ids) == "a4"
 
 

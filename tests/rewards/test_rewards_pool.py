@@ -33,6 +33,10 @@ def misbehaving(folder: Path, workers: int = 1, memory_limit_bytes: int | None =
     )
 
 
+async def score(pool: RewardPool, sample: RewardInput) -> RewardOutcome:
+    return (await pool.score_many([sample]))[0]
+
+
 def has_ended(pid: int, within_seconds: float = 10.0) -> bool:
     try:
         process = os.pidfd_open(pid)
@@ -134,7 +138,7 @@ async def test_the_jobs_token_is_not_in_a_workers_environment(
 ) -> None:
     monkeypatch.setenv("GRPO_JOB_TOKEN", "secret")
     async with misbehaving(user_folder) as pool:
-        assert kinds([await pool.score(sample("token"))]) == [0.0]
+        assert kinds([await score(pool, sample("token"))]) == [0.0]
 
 
 async def test_a_sample_that_cannot_be_pickled_fails_alone(user_folder: Path, sample: Make) -> None:
@@ -147,7 +151,7 @@ async def test_a_sample_that_cannot_be_pickled_fails_alone(user_folder: Path, sa
 
 async def test_a_verifiers_child_is_killed_with_it(user_folder: Path, sample: Make) -> None:
     async with misbehaving(user_folder) as pool:
-        outcome = await pool.score(sample("child and hang"))
+        outcome = await score(pool, sample("child and hang"))
         assert kinds([outcome]) == ["timeout"]
         assert has_ended(int((user_folder / "child").read_text()))
 
@@ -155,16 +159,16 @@ async def test_a_verifiers_child_is_killed_with_it(user_folder: Path, sample: Ma
 async def test_close_ends_workers_and_the_children_they_left(user_folder: Path, sample: Make) -> None:
     pool = misbehaving(user_folder, workers=2)
     await pool.start()
-    outcome = await pool.score(sample("leave a child"))
+    outcome = await score(pool, sample("leave a child"))
     assert outcome.result is not None
     child = int(outcome.result.extra["child"])
-    hanging = asyncio.ensure_future(pool.score(sample("sleep")))
-    await pool.score(sample("1"))  # the other worker answers, so the first one has been sent its sample
+    hanging = asyncio.ensure_future(score(pool, sample("sleep")))
+    await score(pool, sample("1"))  # the other worker answers, so the first one has been sent its sample
     await asyncio.wait_for(pool.close(), 5.0)
     with pytest.raises(PoolClosedError):
         await hanging
     with pytest.raises(PoolClosedError):
-        await pool.score(sample("1"))
+        await score(pool, sample("1"))
     assert has_ended(child)
     await pool.close()  # once more is no error
 
@@ -179,7 +183,7 @@ async def test_a_caller_that_gives_up_takes_nothing_from_the_others(user_folder:
 
 async def test_the_event_loop_goes_on_while_verifiers_hang(user_folder: Path, sample: Make) -> None:
     async with misbehaving(user_folder) as pool:
-        scoring = asyncio.ensure_future(pool.score(sample("regex")))
+        scoring = asyncio.ensure_future(score(pool, sample("regex")))
         turns = 0
         while not scoring.done():
             await asyncio.wait([scoring], timeout=0.01)
@@ -190,7 +194,7 @@ async def test_the_event_loop_goes_on_while_verifiers_hang(user_folder: Path, sa
 
 async def test_a_reply_that_waited_for_a_busy_event_loop_is_not_a_timeout(user_folder: Path, sample: Make) -> None:
     async with misbehaving(user_folder) as pool:
-        scoring = asyncio.ensure_future(pool.score(sample("1")))
+        scoring = asyncio.ensure_future(score(pool, sample("1")))
         await asyncio.sleep(0)
         await asyncio.sleep(0)  # sent
         subprocess.run(
@@ -233,14 +237,14 @@ async def test_a_function_that_loads_forever_fails_the_start_at_its_limit(user_f
 async def test_when_no_worker_starts_any_more_the_callers_are_told(user_folder: Path, sample: Make) -> None:
     async with misbehaving(user_folder) as pool:
         (user_folder / "misbehaving.py").write_text("raise RuntimeError('the disk is gone')\n")
-        outcomes = asyncio.gather(*(pool.score(sample(word)) for word in ("loop", "1")), return_exceptions=True)
+        outcomes = asyncio.gather(*(score(pool, sample(word)) for word in ("loop", "1")), return_exceptions=True)
         timeout, stuck = await outcomes
         assert isinstance(timeout, RewardOutcome)
         assert kinds([timeout]) == ["timeout"]
         assert isinstance(stuck, RetryableError)
         assert "the disk is gone" in str(stuck)
         with pytest.raises(RetryableError):
-            await pool.score(sample("1"))
+            await score(pool, sample("1"))
 
 
 @pytest.mark.parametrize(
@@ -280,8 +284,8 @@ async def main():
     pool = RewardPool("misbehaving:echo", {}, 1, 60, 60)
     hanging = RewardPool("misbehaving:misbehave", {}, 1, 60, 60)
     await asyncio.gather(pool.start(), hanging.start())
-    call = asyncio.ensure_future(hanging.score(RewardInput("", sys.argv[1], "")))
-    await pool.score(RewardInput("", "1", ""))
+    call = asyncio.ensure_future(hanging.score_many([RewardInput("", sys.argv[1], "")]))
+    await pool.score_many([RewardInput("", "1", "")])
     print("hanging", flush=True)
     await call
 

@@ -22,7 +22,6 @@ from grpo_worker.algorithms.aggregation import (
     LossNormalizer,
     TotalLoss,
     aggregate,
-    global_counts,
     total_loss,
 )
 from grpo_worker.algorithms.correction import CorrectionLevel, CorrectionResult, Rejection, rollout_weights
@@ -34,7 +33,7 @@ from grpo_worker.algorithms.losses import (
     PolicyLossOutput,
     aggregation_of,
 )
-from grpo_worker.algorithms.shaping import filter_groups, has_signal, overlong_penalty
+from grpo_worker.algorithms.shaping import has_signal, overlong_penalty
 
 __all__ = [
     "ESTIMATORS",
@@ -55,8 +54,6 @@ __all__ = [
     "aggregate",
     "aggregation_of",
     "checked",
-    "filter_groups",
-    "global_counts",
     "has_signal",
     "kl_penalty",
     "make_kl_controller",

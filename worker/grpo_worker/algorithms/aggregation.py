@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo_worker.algorithms.ragged import count_by_sequence, keep, mean_by_sequence
+from grpo_worker.algorithms.ragged import keep, mean_by_sequence
 from grpo_worker.errors import DataError, UsageError
 
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
@@ -22,9 +22,9 @@ LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean
 class LossNormalizer:
     """The denominators of one optimizer step.
 
-    global_tokens: valid tokens, and global_seqs: sequences with at least one, of the whole mini-batch over all ranks
-    (sum `global_counts` over them). max_response_tokens: the constant of seq-mean-token-sum-norm;
-    data.maxResponseLength, never a padded width, which would drift with the longest response at hand.
+    global_tokens: valid tokens, and global_seqs: sequences with at least one, of the whole mini-batch over all ranks.
+    max_response_tokens: the constant of seq-mean-token-sum-norm; data.maxResponseLength, never a padded width, which would drift with the
+    longest response at hand.
     """
 
     mode: LossAggMode
@@ -41,12 +41,6 @@ class TotalLoss:
     policy: Tensor
     kl: Tensor
     entropy: Tensor
-
-
-def global_counts(mask: Tensor, seq_ids: Tensor, num_seqs: int) -> tuple[int, int]:
-    """(valid tokens, sequences with at least one valid token) of these `[tokens]`."""
-    counts = count_by_sequence(mask, seq_ids, num_seqs)
-    return int(counts.sum()), int((counts > 0).sum())
 
 
 def aggregate(loss: Tensor, mask: Tensor, seq_ids: Tensor, num_seqs: int, normalizer: LossNormalizer) -> Tensor:

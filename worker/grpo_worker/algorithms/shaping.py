@@ -5,7 +5,6 @@ Invariant: pure functions of lengths and rewards; a dropped group is dropped who
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from grpo_worker.errors import DataError, UsageError
@@ -36,13 +35,3 @@ def has_signal(metric_values: Sequence[float], tolerance: float = SIGNAL_TOLERAN
     if not metric_values:
         raise DataError("A group without responses was asked for its signal.")
     return len(metric_values) == 1 or max(metric_values) - min(metric_values) > tolerance
-
-
-def filter_groups(metric_values: Tensor, group_ids: Tensor, tolerance: float = SIGNAL_TOLERANCE) -> Tensor:
-    """Sequences whose group `has_signal`: bool `[sequences]`. metric_values, group_ids: `[sequences]`."""
-    _, groups, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    empty = metric_values.new_zeros(sizes.numel())
-    highest = empty.scatter_reduce(0, groups, metric_values, reduce="amax", include_self=False)
-    lowest = empty.scatter_reduce(0, groups, metric_values, reduce="amin", include_self=False)
-    signal: Tensor = (highest - lowest > tolerance) | (sizes == 1)
-    return signal[groups]

@@ -4,6 +4,7 @@ Invariant: arrays are ragged and flat (see `grpo_worker.algorithms.ragged`): seq
 sequences; what is computed here depends on the batch alone, never on ranks or micro-batches.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,14 +95,22 @@ def assemble(groups: Sequence[Group], groups_per_mini_batch: int) -> Experience:
         accuracies=torch.tensor(accuracies, dtype=torch.float32),
         turns=torch.tensor([sample.turns for _, _, sample in samples]),
         mini_batch_sequences=[
-            sum(len(group.samples) for group in groups[start : start + groups_per_mini_batch])
-            for start in range(0, len(groups), groups_per_mini_batch)
+            sum(len(group.samples) for group in mini_batch)
+            for mini_batch in split_evenly(groups, groups_per_mini_batch)
         ],
     )
 
 
+def split_evenly(groups: Sequence[Group], at_most: int) -> list[Sequence[Group]]:
+    """As few mini-batches of at most so many groups as there can be, whose sizes differ by one at most: each is one optimizer update of
+    the same learning rate, so none may be much smaller than the others."""
+    number = -(-len(groups) // at_most)
+    ends = [-(-len(groups) * index // number) for index in range(number + 1)]
+    return [groups[start:end] for start, end in itertools.pairwise(ends)]
+
+
 @dataclass(frozen=True)
-class Judged:
+class Credited:
     """An experience with everything that the update needs, and the metrics of the way there. All `[response tokens]`."""
 
     experience: Experience
@@ -125,14 +134,14 @@ class Judged:
         )
 
 
-def judge(
+def assign_credit(
     experience: Experience,
     log_probs: LogProbsReply | None,
     algorithm: Algorithm,
     estimator: AdvantageEstimator,
     kl_controller: KLController,
     max_response_tokens: int,
-) -> Judged:
+) -> Credited:
     """Rewards -> advantages, and the correction of the engine's log-probs. `log_probs` is None in bypass mode without a KL term."""
     metrics: dict[str, float] = {}
     old = _tensor(log_probs.log_probs) if log_probs and log_probs.log_probs else experience.rollout_log_probs
@@ -167,7 +176,7 @@ def judge(
     )
     correction = _correct(experience, old, mask, algorithm.rollout_correction)
     metrics |= correction.metrics
-    return Judged(experience, old, ref, token_rewards, advantages, correction.weights, correction.mask, metrics)
+    return Credited(experience, old, ref, token_rewards, advantages, correction.weights, correction.mask, metrics)
 
 
 def _estimate(estimator: AdvantageEstimator, inputs: AdvantageInputs, name: str) -> Tensor:

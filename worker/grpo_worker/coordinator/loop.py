@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from grpo_worker.algorithms import AdvantageEstimator, KLController
 from grpo_worker.config import Spec
 from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher
-from grpo_worker.coordinator.experience import Judged, assemble, judge
+from grpo_worker.coordinator.experience import Credited, assemble, assign_credit
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.coordinator.records import StepRecords
@@ -143,7 +143,7 @@ class TrainingLoop:
         timer.seconds["gen"] = max(min(self._generated_at, arrived) - waited, 0.0)
         timer.seconds["reward"] = arrived - waited - timer.seconds["gen"]
         counts = parts.scorer.take_counts()
-        judged, metrics = await self._update(batch, timer)
+        credited, metrics = await self._update(batch, timer)
         with timer.part("update_weights"):
             report = await self._publish()
         parts.schedule.trained(self._step)
@@ -162,7 +162,7 @@ class TrainingLoop:
         if self._validation_due():
             with timer.part("testing"):
                 metrics |= await self._validate(self._step)
-        metrics |= performance_metrics(judged.experience, timer.total(), self._gpus())
+        metrics |= performance_metrics(credited.experience, timer.total(), self._gpus())
         epoch = self._epoch()
         parts.loggers.log(self._step, {"epoch": epoch, **metrics})
         parts.progress.stepped(self._step, epoch, metrics, len(batch.ready))
@@ -218,7 +218,7 @@ class TrainingLoop:
                 f"The last one, {batch.failed[-1].uid}: {batch.failed[-1].failure}"
             )
 
-    async def _update(self, batch: Batch, timer: Timer) -> tuple[Judged, dict[str, float]]:
+    async def _update(self, batch: Batch, timer: Timer) -> tuple[Credited, dict[str, float]]:
         spec, parts = self._spec, self._parts
         experience = assemble(batch.ready, spec.actor.ppo_mini_batch_size)
         reference = spec.algorithm.use_kl_in_reward or spec.actor.use_kl_loss
@@ -229,8 +229,8 @@ class TrainingLoop:
                 request = LogProbsRequest(batch=experience.wire(), actor=actor, reference=reference)
                 log_probs = await parts.trainer.call(request, LogProbsReply)
         with timer.part("adv"):
-            judged = await asyncio.to_thread(
-                judge,
+            credited = await asyncio.to_thread(
+                assign_credit,
                 experience,
                 log_probs,
                 spec.algorithm,
@@ -240,15 +240,15 @@ class TrainingLoop:
             )
         with timer.part("update_actor"):
             reply = await parts.trainer.call(
-                UpdateRequest(step=self._step + 1, total_steps=self._total_steps, batch=judged.wire()), UpdateReply
+                UpdateRequest(step=self._step + 1, total_steps=self._total_steps, batch=credited.wire()), UpdateReply
             )
         self._step += 1
         metrics = (
-            experience_metrics(judged, spec.data.max_response_length)
+            experience_metrics(credited, spec.data.max_response_length)
             | (log_probs.metrics if log_probs else {})
             | reply.metrics
         )
-        return judged, metrics
+        return credited, metrics
 
     async def _publish(self) -> SyncReport:
         """The trainer's weights become version `step` and serve."""

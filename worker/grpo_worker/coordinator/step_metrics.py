@@ -8,22 +8,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from grpo_worker.coordinator.experience import Experience, Judged
+from grpo_worker.coordinator.experience import Credited, Experience
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.coordinator.schedule import Batch
 
 
-def experience_metrics(judged: Judged, max_response_tokens: int) -> dict[str, float]:
+def experience_metrics(credited: Credited, max_response_tokens: int) -> dict[str, float]:
     """Scores, rewards, advantages, lengths."""
-    experience = judged.experience
-    rewards = judged.token_rewards.new_zeros(experience.sequences).index_add(
-        0, experience.seq_ids, judged.token_rewards
+    experience = credited.experience
+    rewards = credited.token_rewards.new_zeros(experience.sequences).index_add(
+        0, experience.seq_ids, credited.token_rewards
     )
-    valid = judged.mask.bool()
+    valid = credited.mask.bool()
     metrics = {
         **_summary("critic/score", experience.scores),
         **_summary("critic/rewards", rewards),
-        **_summary("critic/advantages", judged.advantages[valid]),
+        **_summary("critic/advantages", credited.advantages[valid]),
         **_summary("response_length", experience.response_lengths.float()),
         **_summary("prompt_length", experience.prompt_lengths.float()),
         "response_length/clip_ratio": float((experience.response_lengths >= max_response_tokens).float().mean()),
@@ -31,7 +31,7 @@ def experience_metrics(judged: Judged, max_response_tokens: int) -> dict[str, fl
     metrics |= agent_metrics(experience)
     if bool((known := ~experience.accuracies.isnan()).any()):
         metrics["critic/accuracy/mean"] = float(experience.accuracies[known].mean())
-    return metrics | judged.metrics
+    return metrics | credited.metrics
 
 
 def agent_metrics(experience: Experience) -> dict[str, float]:

@@ -41,7 +41,6 @@ class Prompt:
     token_ids: list[int]
     text: str
     ground_truth: str
-    response: str
     data: dict[str, Any]
     file: int
     row: int
@@ -209,7 +208,6 @@ class BlockDataset:
                 token_ids=prompt.token_ids,
                 text=prompt.text,
                 ground_truth=ground_truth(values.reward, where),
-                response=values.response or "",
                 data=values.data,
                 file=file,
                 row=row,

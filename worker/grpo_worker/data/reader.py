@@ -56,10 +56,9 @@ class RowGroupIndex:
 
 
 class RawRow(NamedTuple):
-    """One row as it was written: the three values the loader knows, and every other column."""
+    """One row as it was written: the two values that the loader needs, and every other column."""
 
     prompt: Any
-    response: Any
     reward: Any
     data: dict[str, Any]
 
@@ -110,13 +109,12 @@ class RowGroupReader:
 
     def _raw(self, row: dict[str, Any]) -> RawRow:
         columns = self._columns
-        response = None if columns.response is None or self._needed_only else columns.response.value(row)
         prompt, reward = columns.prompt.value(row), columns.reward.value(row)
         # A struct such as verl's reward_model stays in `data`: its other fields are the reward function's business.
         for column in (columns.prompt, columns.reward, columns.response):
             if column is not None and not column.path:
                 row.pop(column.name, None)
-        return RawRow(prompt, response, reward, row)
+        return RawRow(prompt, reward, row)
 
     def _parquet_of(self, file: int) -> pq.ParquetFile:
         if self._parquet is not None and self._open_file == file:

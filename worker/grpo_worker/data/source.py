@@ -106,9 +106,8 @@ class FunctionSource:
         return f"{self._label} row {row}"
 
     def _raw(self, row: Mapping[str, Any]) -> RawRow:
-        prompt, response, reward = self._keys
         data = {key: value for key, value in row.items() if key not in self._keys}
-        return RawRow(row[prompt], row.get(response), row[reward], data)
+        return RawRow(row[self._keys[0]], row[self._keys[2]], data)
 
 
 def _call(function: Callable[..., Any], label: str, kwargs: dict[str, Any]) -> list[Mapping[str, Any]]:

@@ -136,12 +136,11 @@ class RewardPool:
             await self.close()
             raise
 
-    async def score(self, sample: RewardInput) -> RewardOutcome:
-        """Raises RetryableError when no worker can be started any more, PoolClosedError after close()."""
-        return await self._submit(sample)
-
     async def score_many(self, samples: Sequence[RewardInput]) -> list[RewardOutcome]:
-        """The outcomes in the order of the samples. Raises as `score` does."""
+        """The outcomes in the order of the samples.
+
+        Raises RetryableError when no worker can be started any more, PoolClosedError after close().
+        """
         return await asyncio.gather(*[self._submit(sample) for sample in samples])
 
     def metrics(self) -> dict[str, float]:

@@ -95,7 +95,7 @@ async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
     return await future
 
 
-class Group:
+class RunningPrompt:
     """The samples of one prompt that the engine is working on."""
 
     def __init__(self, engine: "RolloutEngine", ids: list[str], collectors: list[Any]) -> None:
@@ -212,7 +212,7 @@ class RolloutEngine:
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
-    async def admit(self, name: str, prompt: Sequence[int], sampling: Sampling, seed: int | None) -> Group:
+    async def admit(self, name: str, prompt: Sequence[int], sampling: Sampling, seed: int | None) -> RunningPrompt:
         """Hand the samples of one prompt to the engine, in order. The caller has checked the prompt (vLLM does not: it
         has no tokenizer here) and holds the gate.
 
@@ -237,7 +237,7 @@ class RolloutEngine:
             if self.dead:
                 raise self._dead_error() from error
             raise
-        return Group(self, ids, collectors)
+        return RunningPrompt(self, ids, collectors)
 
     async def pause(self) -> None:
         """Freeze generation and forget cached prefixes. Requests that come now wait in order."""

@@ -17,7 +17,7 @@ from grpo_worker.protocol.messages import (
     SampleResult,
     Sampling,
 )
-from grpo_worker.rollout.engine import EngineDeadError, Group, RolloutEngine, numpy_tokens
+from grpo_worker.rollout.engine import EngineDeadError, RolloutEngine, RunningPrompt, numpy_tokens
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncGene
         else:
             accepted.append(prompt)
     waiting = {prompt.id for prompt in accepted}
-    groups: dict[str, Group] = {}
+    groups: dict[str, RunningPrompt] = {}
     tasks: dict[asyncio.Task[list[SampleResult]], str] = {}
     async with AsyncExitStack() as stack:
         try:
@@ -91,7 +91,7 @@ async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncGene
 
 
 async def _admit(
-    engine: RolloutEngine, request: GenerateRequest, prompts: list[PromptRequest], groups: dict[str, Group]
+    engine: RolloutEngine, request: GenerateRequest, prompts: list[PromptRequest], groups: dict[str, RunningPrompt]
 ) -> list[GroupResult]:
     """Fill `groups`; returns the prompts that vLLM refused."""
     failed = []
@@ -124,7 +124,7 @@ def _failure(name: str, error: Exception) -> GroupResult:
     return GroupResult(id=name, samples=[], error=f"prompt '{name}' failed in the engine: {error}", error_kind="engine")
 
 
-async def _drop(groups: dict[str, Group], tasks: "dict[asyncio.Task[list[SampleResult]], str]") -> None:
+async def _drop(groups: dict[str, RunningPrompt], tasks: "dict[asyncio.Task[list[SampleResult]], str]") -> None:
     """Cancel and abort what has not finished (finished groups have nothing left to abort)."""
     for task in tasks:
         task.cancel()

@@ -23,11 +23,11 @@ from grpo_worker.algorithms.losses import PolicyLoss, PolicyLossInputs, aggregat
 from grpo_worker.errors import DataError
 from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
+from grpo_worker.trainer.learning_rate import learning_rate
 from grpo_worker.trainer.model import PolicyModel
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import OptimizerOptions, TrainerOptions
 from grpo_worker.trainer.packing import PackingPlan, packing_efficiency, plan_micro_batches, rank_imbalance
-from grpo_worker.trainer.schedule import learning_rate
 
 GIB = 1024**3
 

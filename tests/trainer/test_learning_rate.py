@@ -3,8 +3,8 @@
 import pytest
 
 from grpo_worker.errors import ConfigError
+from grpo_worker.trainer.learning_rate import learning_rate
 from grpo_worker.trainer.options import OptimizerOptions
-from grpo_worker.trainer.schedule import learning_rate
 
 TABLE = [
     ("constant", 0, 0, 0.0, [1.0, 1.0, 1.0]),
