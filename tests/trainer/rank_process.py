@@ -38,16 +38,18 @@ def save(engine: TrainerEngine, directory: Path, step: int) -> Any:
 def gradients(model: Path, ranks: Ranks, _: Path) -> Any:
     result = {}
     for mode in MODES:
-        options = options_for(model, loss={"loss_agg_mode": mode, "use_kl_loss": True}, micro_batch_size_per_gpu=2)
+        options = options_for(model, actor={"lossAggMode": mode, "useKLLoss": True, "ppoMicroBatchSizePerGPU": 2})
         result[mode] = recorded_update(options, sequences_of(LENGTHS), ranks)
     # Two sequences on more ranks than one: some of them compute padding alone.
-    result["padding"] = recorded_update(options_for(model, max_token_len_per_gpu=8), sequences_of([(9, 20)]), ranks)
+    result["padding"] = recorded_update(
+        options_for(model, actor={"ppoMaxTokenLenPerGPU": 8}), sequences_of([(9, 20)]), ranks
+    )
     return result
 
 
 def straight(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
     """Four steps, with a save after the second; log-probs and the published digest at the end."""
-    engine = TrainerEngine(options_for(model, reference=True), ranks)
+    engine = TrainerEngine(options_for(model, algorithm={"useKLInReward": True}), ranks)
     train(engine, 1, 2)
     torch.rand(3)
     status = save(engine, checkpoint, 2)
@@ -97,7 +99,9 @@ def main() -> None:
     model, output, *scenarios = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     if scenarios == ["serve"]:
         try:
-            run_rank(options_for(model, port=int(output.read_text()), collective_timeout_seconds=60.0))
+            port = int(output.read_text())
+            trainer, network = {"processGroupTimeoutSeconds": 60.0}, {"trainerPort": port}
+            run_rank(options_for(model, trainer=trainer, network=network))
         except GRPOError as error:
             sys.exit(error.exit_code)
         return

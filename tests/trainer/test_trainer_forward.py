@@ -1,6 +1,7 @@
 """The packed forward pass against Hugging Face's own, one sequence at a time."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ LENGTHS = [(5, 7), (3, 40), (10, 4), (6, 6), (1, 1), (2, 30)]
 
 def policy(options: TrainerOptions) -> PolicyModel:
     return build_policy(load_language_model(options), options, single_rank().mesh)
+
+
+def log_probs_of(model: PolicyModel, sequences: Sequences, options: TrainerOptions) -> tuple[np.ndarray, np.ndarray]:
+    return compute_log_probs(model, sequences, options, single_rank(), options.spec.rollout)
 
 
 def plain_log_probs(model: Path, sequences: Sequences, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -43,20 +48,20 @@ def plain_log_probs(model: Path, sequences: Sequences, temperature: float) -> tu
 @pytest.mark.parametrize(
     "packing",
     [
-        {"max_token_len_per_gpu": 4096},
-        {"max_token_len_per_gpu": 48},
-        {"log_prob_micro_batch_size_per_gpu": 1},
-        {"log_prob_micro_batch_size_per_gpu": 3, "use_remove_padding": False},
+        {"actor": {"ppoMaxTokenLenPerGPU": 4096}},
+        {"rollout": {"logProbMaxTokenLenPerGPU": 48}},
+        {"rollout": {"logProbMicroBatchSizePerGPU": 1}},
+        {"rollout": {"logProbMicroBatchSizePerGPU": 3}, "model": {"useRemovePadding": False}},
     ],
     ids=["one row", "token budget", "one by one", "padded"],
 )
 def test_log_probs_and_entropy_equal_plain_transformers(
-    tmp_path: Path, tied: bool, temperature: float, packing: dict[str, int]
+    tmp_path: Path, tied: bool, temperature: float, packing: dict[str, Any]
 ) -> None:
     model = save_tiny_model(tmp_path, tied=tied)
-    options = options_for(model, temperature=temperature, **packing)
+    options = options_for(model, **packing | {"rollout": packing.get("rollout", {}) | {"temperature": temperature}})
     sequences = sequences_of(LENGTHS)
-    log_probs, entropy = compute_log_probs(policy(options), sequences, options, single_rank())
+    log_probs, entropy = log_probs_of(policy(options), sequences, options)
     expected_log_probs, expected_entropy = plain_log_probs(model, sequences, temperature)
     np.testing.assert_allclose(log_probs, expected_log_probs, atol=1e-5)
     np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5)
@@ -65,9 +70,9 @@ def test_log_probs_and_entropy_equal_plain_transformers(
 def test_a_neighbour_in_the_row_changes_nothing(tmp_path: Path) -> None:
     options = options_for(save_tiny_model(tmp_path))
     model = policy(options)
-    alone, _ = compute_log_probs(model, sequences_of([(5, 7)], seed=3), options, single_rank())
+    alone, _ = log_probs_of(model, sequences_of([(5, 7)], seed=3), options)
     both = sequences_of([(5, 7), (5, 7)], seed=3)
-    together, _ = compute_log_probs(model, both, options, single_rank())
+    together, _ = log_probs_of(model, both, options)
     first = sequences_of([(5, 7)], seed=3).token_ids
     assert (both.token_ids[:12] == first).all()
     np.testing.assert_allclose(together[:7], alone, atol=1e-6)
@@ -92,12 +97,12 @@ def test_a_short_attention_window_is_refused_unless_padded(tmp_path: Path) -> No
     )
     with pytest.raises(ConfigError, match="useRemovePadding"):
         load_language_model(options_for(model))
-    options = options_for(model, use_remove_padding=False)
+    options = options_for(model, model={"useRemovePadding": False})
     sequences = sequences_of([(20, 40), (3, 5)])
-    log_probs, _ = compute_log_probs(policy(options), sequences, options, single_rank())
+    log_probs, _ = log_probs_of(policy(options), sequences, options)
     np.testing.assert_allclose(log_probs, plain_log_probs(model, sequences, 1.0)[0], atol=1e-5)
 
 
 def test_sequences_longer_than_the_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_position_embeddings of 256"):
-        load_language_model(options_for(save_tiny_model(tmp_path), max_response_tokens=512))
+        load_language_model(options_for(save_tiny_model(tmp_path), data={"maxResponseLength": 512}))

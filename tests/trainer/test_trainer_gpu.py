@@ -5,6 +5,7 @@ tokens over the clip's edge, and each that moves changes the gradient by its who
 """
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -33,25 +34,25 @@ def ranks() -> Ranks:
 @pytest.mark.parametrize(
     "change",
     [
-        {"compile_layers": False},
-        {"compile_layers": True},
-        {"compile_layers": False, "use_remove_padding": False},
-        {"compile_layers": False, "dtype": "float32"},
-        {"compile_layers": True, "param_offload": True, "optimizer_offload": True},
+        {"model": {"compile": False}},
+        {"model": {"compile": True}},
+        {"model": {"compile": False, "useRemovePadding": False}},
+        {"model": {"compile": False, "dtype": "float32"}},
+        {"actor": {"optim": {"lr": 1e-3}, "fsdp": {"paramOffload": True, "optimizerOffload": True}}},
     ],
     ids=["packed", "compiled", "padded", "float32", "offloaded"],
 )
-def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change: dict[str, object]) -> None:
+def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change: dict[str, Any]) -> None:
     model = save_tiny_model(tmp_path / "model", **WIDE)
     batch = batch_message(LENGTHS, mini_batches=[3, 3])
-    exact = options_for(model, device="cuda", dtype="float32", compile_layers=False)
-    options = options_for(model, device="cuda", **change)  # type: ignore[arg-type]
+    exact = options_for(model, device="cuda", model={"dtype": "float32", "compile": False})
+    options = options_for(model, device="cuda", **change)
     wanted, actual = TrainerEngine(exact, ranks), TrainerEngine(options, ranks)
-    old_log_probs = compute_log_probs(wanted.model, Sequences.of(batch), exact, ranks)[0]
+    old_log_probs = compute_log_probs(wanted.model, Sequences.of(batch), exact, ranks, exact.spec.rollout)[0]
     sequences = Sequences.of(msgspec.structs.replace(batch, old_log_probs=Array.of(old_log_probs, "float32")))
     for step in (1, 2):
-        expected = compute_log_probs(wanted.model, sequences, exact, ranks)[0]
-        found = compute_log_probs(actual.model, sequences, options, ranks)[0]
+        expected = compute_log_probs(wanted.model, sequences, exact, ranks, exact.spec.rollout)[0]
+        found = compute_log_probs(actual.model, sequences, options, ranks, options.spec.rollout)[0]
         assert np.abs(found - expected).mean() < 0.005 * step
         metrics = actual.updater.update(sequences, step)
         norm = wanted.updater.update(sequences, step)["actor/grad_norm"]

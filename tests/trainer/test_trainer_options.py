@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from grpo_worker.config.job import GRPOJob
-from grpo_worker.errors import ConfigError, DataError, StalledError
+from grpo_worker.errors import DataError, StalledError
 from grpo_worker.trainer.failures import OperationRefused, remote_error
-from grpo_worker.trainer.main import options_of
+from grpo_worker.trainer.options import TrainerOptions
 
 
 def job(**spec: Any) -> GRPOJob:
@@ -21,42 +21,39 @@ def job(**spec: Any) -> GRPOJob:
     return GRPOJob.model_validate(document)
 
 
-def test_defaults_of_a_job_reach_the_trainer() -> None:
-    options = options_of(job(), {}, "cpu")
-    assert options.model_path == "/models/tiny"
-    assert (options.compute_dtype, options.compile, options.chunk_tokens) == ("float32", False, 1024)
-    assert (options.max_token_len_per_gpu, options.micro_batch_size_per_gpu) == (16384, None)
+def test_what_the_document_leaves_open_follows_from_the_device() -> None:
+    options = TrainerOptions.of(job(runtime={"device": "cpu"}).spec, {})
+    assert (options.device, options.compute_dtype, options.rollout_dtype) == ("cpu", torch.float32, torch.float32)
+    assert (options.compile, options.chunk_tokens, options.spec.actor.token_budget) == (False, 1024, 16384)
     assert options.host == options.advertised_host == "127.0.0.1"
     assert not options.reference
-    on_gpu = options_of(job(), {}, "cuda")
-    assert (on_gpu.compute_dtype, on_gpu.compile, on_gpu.chunk_tokens) == ("bfloat16", True, 4096)
+    on_gpu = TrainerOptions.of(job(runtime={"device": "cuda"}).spec, {})
+    assert (on_gpu.compute_dtype, on_gpu.compile, on_gpu.chunk_tokens) == (torch.bfloat16, True, 4096)
 
 
-def test_fields_of_a_job_reach_the_trainer() -> None:
+def test_what_the_document_says_comes_before_the_device() -> None:
     spec = job(
-        actor={
-            "useKLLoss": True,
-            "klLossCoef": 0.5,
-            "ppoMaxTokenLenPerGPU": 9000,
-            "ppoEpochs": 2,
-            "ppoMiniBatchSize": 256,
-            "fsdp": {"optimizerOffload": True},
-            "optim": {"lr": 3e-6, "lrScheduler": "cosine", "lrWarmupSteps": 4, "clipGrad": 0.5},
-        },
-        trainer={"totalSteps": 10},
-        rollout={"temperature": 0.7},
-    )
+        model={"path": "/models/tiny", "dtype": "float32", "compile": False, "headChunkSize": 64},
+        runtime={"device": "cuda"},
+        rollout={"dtype": "float16"},
+        actor={"useKLLoss": True, "ppoMaxTokenLenPerGPU": 9000},
+    ).spec
+    options = TrainerOptions.of(spec, {})
+    assert (options.compute_dtype, options.rollout_dtype) == (torch.float32, torch.float16)
+    assert (options.compile, options.chunk_tokens, options.reference) == (False, 64, True)
+    assert options.spec.actor.token_budget == 9000
+
+
+def test_a_process_learns_its_place_from_the_environment() -> None:
     environment = {
         "GRPO_COORDINATOR_URL": "http://c:1",
         "GRPO_ADVERTISED_HOST": "10.0.0.7",
         "GRPO_LISTEN_HOST": "0.0.0.0",
+        "GRPO_MEMBER_NAME": "trainer-3",
     }
-    options = options_of(spec, environment, "cpu")
-    assert options.reference and options.optimizer_offload and options.temperature == 0.7
-    assert options.loss.kl_loss_coef == 0.5 and options.max_token_len_per_gpu == 9000
-    assert options.schedule_of(10).total_updates == 10 * 4 * 2
-    assert (options.optimizer.lr, options.optimizer.warmup_updates, options.optimizer.grad_clip) == (3e-6, 4, 0.5)
+    options = TrainerOptions.of(job().spec, environment)
     assert (options.coordinator_url, options.advertised_host, options.host) == ("http://c:1", "10.0.0.7", "0.0.0.0")
+    assert options.name == "trainer-3"
 
 
 FAILURES = [
@@ -80,19 +77,3 @@ def test_every_exception_has_a_reason_and_a_code(exception: Exception, reason: s
 def test_a_refused_operation_is_recoverable() -> None:
     error = remote_error(OperationRefused(StalledError("a reader is stuck")), "publish", 0)
     assert error.recoverable and error.message == "a reader is stuck"
-
-
-def test_a_run_that_is_all_warm_up_names_the_field() -> None:
-    options = options_of(job(actor={"optim": {"lrScheduler": "linear", "lrWarmupSteps": 80}}), {}, "cpu")
-    assert options.schedule_of(1000).total_updates == 1000 * options.updates_per_step
-    with pytest.raises(ConfigError, match=r"actor\.optim\.lrWarmupSteps"):
-        options.schedule_of(1)
-
-
-def test_the_reference_has_limits_of_its_own() -> None:
-    options = options_of(
-        job(ref={"logProbMicroBatchSizePerGPU": 3}, rollout={"logProbMaxTokenLenPerGPU": 500}), {}, "cpu"
-    )
-    reference = options.for_reference()
-    assert (options.log_prob_micro_batch_size_per_gpu, options.log_prob_max_token_len_per_gpu) == (None, 500)
-    assert (reference.log_prob_micro_batch_size_per_gpu, reference.log_prob_max_token_len_per_gpu) == (3, None)

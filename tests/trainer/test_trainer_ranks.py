@@ -70,7 +70,7 @@ def again(model: Path, checkpoints: dict[int, Path], unbroken: dict[int, Any]) -
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_have_the_gradient_of_one(model: Path, on_two_ranks: Any, mode: str) -> None:
-    options = options_for(model, loss={"loss_agg_mode": mode, "use_kl_loss": True})
+    options = options_for(model, actor={"lossAggMode": mode, "useKLLoss": True})
     gradients, metrics = recorded_update(options, sequences_of(LENGTHS), single_rank())
     other, other_metrics = on_two_ranks["gradients"][mode]
     assert relative_difference(other[0], gradients[0]) < 1e-6

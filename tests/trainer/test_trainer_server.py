@@ -219,7 +219,7 @@ def test_a_port_in_use_names_its_field(engine: TrainerEngine, model: Path) -> No
     first = TrainerServer(engine.options, TOKEN, engine.save_status)
     first.start()
     try:
-        second = TrainerServer(options_for(model, port=first.port), TOKEN, engine.save_status)
+        second = TrainerServer(options_for(model, network={"trainerPort": first.port}), TOKEN, engine.save_status)
         with pytest.raises(ConfigError, match=rf"network\.trainerPort: 127\.0\.0\.1:{first.port}"):
             second.start()
     finally:

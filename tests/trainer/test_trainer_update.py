@@ -37,11 +37,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def updater_for(options: TrainerOptions) -> Updater:
-    policy = build_policy(
-        load_language_model(options), options, single_rank().mesh, param_offload=options.param_offload
-    )
-    optimizer = PolicyOptimizer(policy, options.optimizer, single_rank(), options.optimizer_offload)
-    return Updater(policy, optimizer, options, single_rank(), policy_loss(options.loss.loss_mode), TrainerState())
+    actor, ranks = options.spec.actor, single_rank()
+    policy = build_policy(load_language_model(options), options, ranks.mesh, param_offload=actor.fsdp.param_offload)
+    optimizer = PolicyOptimizer(policy, actor.optim, ranks, actor.fsdp.optimizer_offload)
+    return Updater(policy, optimizer, options, ranks, policy_loss(actor.loss_mode), TrainerState())
 
 
 def plain_gradient(model: Path, sequences: Sequences, mode: str, kl_coef: float) -> dict[str, torch.Tensor]:
@@ -82,14 +81,14 @@ def plain_gradient(model: Path, sequences: Sequences, mode: str, kl_coef: float)
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_do_not_change_the_gradient(model: Path, mode: str) -> None:
     sequences = sequences_of(LENGTHS)
-    loss = {"loss_agg_mode": mode, "use_kl_loss": True, "kl_loss_coef": 0.1, "clip_ratio_c": 1e6}
+    loss = {"lossAggMode": mode, "useKLLoss": True, "klLossCoef": 0.1, "clipRatioC": 1e6}
     cuts: list[dict[str, Any]] = [
-        {"micro_batch_size_per_gpu": 8},
-        {"micro_batch_size_per_gpu": 1},
-        {"max_token_len_per_gpu": 30},
-        {"micro_batch_size_per_gpu": 3, "use_remove_padding": False},
+        {"actor": loss | {"ppoMicroBatchSizePerGPU": 8}},
+        {"actor": loss | {"ppoMicroBatchSizePerGPU": 1}},
+        {"actor": loss | {"ppoMaxTokenLenPerGPU": 30}},
+        {"actor": loss | {"ppoMicroBatchSizePerGPU": 3}, "model": {"useRemovePadding": False}},
     ]
-    gradients = [recorded_update(options_for(model, loss=loss, **cut), sequences, single_rank())[0][0] for cut in cuts]
+    gradients = [recorded_update(options_for(model, **cut), sequences, single_rank())[0][0] for cut in cuts]
     for other in gradients[1:]:
         assert relative_difference(other, gradients[0]) < 1e-6
     assert relative_difference(gradients[0], plain_gradient(model, sequences, mode, 0.1)) < 1e-5
@@ -102,8 +101,8 @@ def test_values_at_masked_tokens_change_neither_gradient_nor_metrics(model: Path
     assert observed.any()
     extremes = {"old_log_probs": 0.0, "ref_log_probs": -80.0, "advantages": 1e6, "is_weights": 1e6}
     values = {name: np.where(observed, extremes[name], given).astype(np.float32) for name, given in sequences.values.items()}  # fmt: skip
-    loss = {"loss_agg_mode": mode, "use_kl_loss": True, "kl_loss_coef": 0.1, "entropy_coeff": 0.01}
-    options = options_for(model, loss=loss)
+    loss = {"lossAggMode": mode, "useKLLoss": True, "klLossCoef": 0.1, "entropyCoeff": 0.01}
+    options = options_for(model, actor=loss)
     (gradient,), metrics = recorded_update(options, sequences, single_rank())
     (other,), other_metrics = recorded_update(options, replace(sequences, values=values), single_rank())
     assert relative_difference(other, gradient) == 0.0
@@ -113,30 +112,28 @@ def test_values_at_masked_tokens_change_neither_gradient_nor_metrics(model: Path
 
 def test_metrics_do_not_depend_on_micro_batches(model: Path) -> None:
     sequences = sequences_of(LENGTHS, mini_batches=[4, 4])
-    loss = {"use_kl_loss": True, "entropy_coeff": 0.01}
+    loss = {"useKLLoss": True, "entropyCoeff": 0.01}
     one, many = (
-        recorded_update(options_for(model, loss=loss, micro_batch_size_per_gpu=size), sequences, single_rank())[1]
+        recorded_update(options_for(model, actor=loss | {"ppoMicroBatchSizePerGPU": size}), sequences, single_rank())[1]
         for size in (8, 1)
     )
     for name in ("pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "kl_loss", "entropy", "grad_norm", "lr"):
         assert one[f"actor/{name}"] == pytest.approx(many[f"actor/{name}"], rel=1e-4), name
 
 
-@pytest.mark.parametrize(
-    "change", [{"gradient_checkpointing": False}, {"head_chunk_tokens": 5}, {"compile_layers": False}]
-)
+@pytest.mark.parametrize("change", [{"enableGradientCheckpointing": False}, {"headChunkSize": 5}, {"compile": False}])
 def test_memory_savers_do_not_change_the_gradient(model: Path, change: dict[str, Any]) -> None:
     sequences = sequences_of(LENGTHS)
-    loss = {"entropy_coeff": 0.05}
-    usual = recorded_update(options_for(model, loss=loss), sequences, single_rank())[0][0]
-    changed = recorded_update(options_for(model, loss=loss, **change), sequences, single_rank())[0][0]
+    loss = {"entropyCoeff": 0.05}
+    usual = recorded_update(options_for(model, actor=loss), sequences, single_rank())[0][0]
+    changed = recorded_update(options_for(model, actor=loss, model=change), sequences, single_rank())[0][0]
     assert relative_difference(changed, usual) < 1e-6
 
 
-@pytest.mark.parametrize("change", [{"param_offload": True}, {"optimizer_offload": True}])
+@pytest.mark.parametrize("change", [{"paramOffload": True}, {"optimizerOffload": True}])
 def test_offloading_changes_no_bit(model: Path, change: dict[str, Any]) -> None:
     results = []
-    for options in (options_for(model), options_for(model, **change)):
+    for options in (options_for(model), options_for(model, actor={"optim": {"lr": 1e-3}, "fsdp": change})):
         updater = updater_for(options)
         for step in (1, 2):
             updater.update(sequences_of(LENGTHS, seed=step, mini_batches=[4, 4]), step)
@@ -145,7 +142,7 @@ def test_offloading_changes_no_bit(model: Path, change: dict[str, Any]) -> None:
 
 
 def test_each_mini_batch_and_epoch_is_one_update(model: Path) -> None:
-    updater = updater_for(options_for(model, ppo_epochs=2))
+    updater = updater_for(options_for(model, actor={"ppoEpochs": 2}))
     updater.update(sequences_of(LENGTHS, mini_batches=[3, 5]), step=1)
     assert updater.state.updates == 4
     assert updater.state.step == 1
@@ -174,12 +171,12 @@ def test_mini_batches_are_normalised_apart(model: Path) -> None:
 
 def test_the_gradient_norm_is_clipped_to_its_limit(model: Path) -> None:
     sequences = sequences_of(LENGTHS)
-    free, _ = recorded_update(options_for(model, optimizer={"grad_clip": 0}), sequences, single_rank())
+    free, _ = recorded_update(options_for(model, actor={"optim": {"clipGrad": 1e9}}), sequences, single_rank())
     norm = sum(float(g.double().square().sum()) for g in free[0].values()) ** 0.5
-    _, metrics = recorded_update(options_for(model, optimizer={"grad_clip": norm / 4}), sequences, single_rank())
+    _, metrics = recorded_update(options_for(model, actor={"optim": {"clipGrad": norm / 4}}), sequences, single_rank())
     assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)
 
-    updater = updater_for(options_for(model, optimizer={"grad_clip": norm / 4, "betas": (0.0, 0.999)}))
+    updater = updater_for(options_for(model, actor={"optim": {"clipGrad": norm / 4, "betas": [0.0, 0.999]}}))
     updater.update(sequences, 1)
     first_moments = [state["exp_avg"].full_tensor() for state in updater.optimizer.state().values()]
     clipped = sum(float(m.double().square().sum()) for m in first_moments) ** 0.5
@@ -211,7 +208,7 @@ def test_a_mini_batch_that_is_masked_whole_moves_no_weight(model: Path) -> None:
 
 
 def test_norms_have_no_weight_decay(model: Path) -> None:
-    updater = updater_for(options_for(model, optimizer={"weight_decay": 0.5}))
+    updater = updater_for(options_for(model, actor={"optim": {"weightDecay": 0.5}}))
     decay = {p: g["weight_decay"] for g in updater.optimizer.adamw.param_groups for p in g["params"]}
     by_name = {name: decay[p] for name, p in updater.optimizer.parameters.items()}
     assert by_name["model.norm.weight"] == 0
@@ -220,7 +217,7 @@ def test_norms_have_no_weight_decay(model: Path) -> None:
 
 
 def test_missing_values_are_named(model: Path) -> None:
-    updater = updater_for(options_for(model, loss={"use_kl_loss": True}))
+    updater = updater_for(options_for(model, actor={"useKLLoss": True}))
     sequences = sequences_of(LENGTHS)
     del sequences.values["ref_log_probs"]
     with pytest.raises(DataError, match="ref_log_probs"):
@@ -235,7 +232,7 @@ def test_a_users_loss_is_found_by_module_or_file(tmp_path: Path, model: Path) ->
         "    return PolicyLossOutput(-inputs.advantages * inputs.log_probs * inputs.mask, {})\n"
     )
     _, metrics = recorded_update(
-        options_for(model, loss={"loss_mode": f"{file}:reinforce"}), sequences_of(LENGTHS), single_rank()
+        options_for(model, actor={"lossMode": f"{file}:reinforce"}), sequences_of(LENGTHS), single_rank()
     )
     assert metrics["actor/grad_norm"] > 0
     assert policy_loss("grpo_worker.algorithms.losses:vanilla").__wrapped__ is policy_loss("vanilla")  # type: ignore[attr-defined]
@@ -257,4 +254,4 @@ def test_a_users_loss_that_goes_wrong_names_its_field(tmp_path: Path, model: Pat
     file = tmp_path / "wrong.py"
     file.write_text(f"from grpo_worker.algorithms.losses import PolicyLossOutput\ndef wrong(inputs):\n    {body}\n")
     with pytest.raises(DataError, match=rf"actor\.lossMode: .*{part}"):
-        recorded_update(options_for(model, loss={"loss_mode": f"{file}:wrong"}), sequences_of(LENGTHS), single_rank())
+        recorded_update(options_for(model, actor={"lossMode": f"{file}:wrong"}), sequences_of(LENGTHS), single_rank())

@@ -1,21 +1,21 @@
 """A tiny Qwen3 made in code, batches of random tokens, and a trainer of one rank in the test's own process."""
 
-import dataclasses
 import functools
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from grpo_worker.config.job import Spec
 from grpo_worker.protocol.messages import Array, TrainBatch
 from grpo_worker.trainer.batch import Sequences
 from grpo_worker.trainer.distributed import Ranks, join
 from grpo_worker.trainer.model import PolicyModel, build_policy, load_language_model, named_parameters
 from grpo_worker.trainer.optimizer import PolicyOptimizer, StepResult
-from grpo_worker.trainer.options import LossOptions, OptimizerOptions, TrainerOptions
+from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.update import TrainerState, Updater
 from grpo_worker.trainer.user_loss import policy_loss
 
@@ -65,18 +65,16 @@ def sequences_of(lengths: list[tuple[int, int]], **keywords: Any) -> Sequences:
     return Sequences.of(batch_message(lengths, **keywords))
 
 
-def options_for(
-    model: Path, *, optimizer: dict[str, Any] | None = None, loss: dict[str, Any] | None = None, **changes: Any
-) -> TrainerOptions:
-    options = TrainerOptions(
-        model_path=str(model),
-        max_prompt_tokens=64,
-        max_response_tokens=64,
-        head_chunk_tokens=16,
-        optimizer=OptimizerOptions(**({"lr": 1e-3} | (optimizer or {}))),
-        loss=LossOptions(**(loss or {})),
-    )
-    return dataclasses.replace(options, **changes)
+def options_for(path: Path, device: Literal["cuda", "cpu"] = "cpu", **sections: dict[str, Any]) -> TrainerOptions:
+    """A trainer of the model at `path`; `sections` are those of the document's spec, as a person writes them."""
+    spec: dict[str, Any] = {
+        "model": {"path": str(path), "headChunkSize": 16},
+        "data": {"maxPromptLength": 64, "maxResponseLength": 64},
+        "actor": {"optim": {"lr": 1e-3}},
+    }
+    for name, section in sections.items():
+        spec[name] = spec.get(name, {}) | section
+    return TrainerOptions(Spec.model_validate(spec), device)
 
 
 def free_port() -> int:
@@ -107,9 +105,10 @@ def recorded_update(
     options: TrainerOptions, sequences: Sequences, ranks: Ranks
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, float]]:
     """(whole gradients of each optimizer update, metrics) of one training step from the saved model."""
-    model = build_policy(load_language_model(options), options, ranks.mesh, param_offload=options.param_offload)
-    optimizer = RecordingOptimizer(model, options.optimizer, ranks, options.optimizer_offload)
-    updater = Updater(model, optimizer, options, ranks, policy_loss(options.loss.loss_mode), TrainerState())
+    actor = options.spec.actor
+    model = build_policy(load_language_model(options), options, ranks.mesh, param_offload=actor.fsdp.param_offload)
+    optimizer = RecordingOptimizer(model, actor.optim, ranks, actor.fsdp.optimizer_offload)
+    updater = Updater(model, optimizer, options, ranks, policy_loss(actor.loss_mode), TrainerState())
     metrics = updater.update(sequences, step=1)
     return optimizer.gradients, metrics
 

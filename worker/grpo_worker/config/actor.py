@@ -6,6 +6,7 @@ from grpo_worker.config.algorithm import KLKind
 from grpo_worker.config.base import Section, field
 from grpo_worker.errors import ConfigError
 
+DEFAULT_TOKEN_BUDGET = 16384
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 
 
@@ -100,7 +101,7 @@ class Actor(Section):
     )
     ppo_max_token_len_per_gpu: int | None = field(
         None,
-        "Token budget of a forward pass (dynamic batch size); default 16384.",
+        f"Token budget of a forward pass (dynamic batch size); default {DEFAULT_TOKEN_BUDGET}.",
         verl="actor.ppo_max_token_len_per_gpu",
         unit="tokens",
         ge=1,
@@ -122,6 +123,11 @@ class Actor(Section):
     kl_loss_type: KLKind = field("low_var_kl", "Estimator of that term.", verl="actor.kl_loss_type")
     entropy_coeff: float = field(0.0, "Coefficient of the entropy bonus.", verl="actor.entropy_coeff", ge=0)
     fsdp: ActorFSDP = field(ActorFSDP, "Offload.", verl="actor.fsdp_config")
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a forward pass."""
+        return self.ppo_max_token_len_per_gpu or DEFAULT_TOKEN_BUDGET
 
     def updates_per_step(self, train_batch_size: int) -> int:
         """Optimizer steps that a full training step makes."""

@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import assert_never
 
-import torch
-
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import (
     Array,
@@ -55,9 +53,11 @@ class TrainerEngine:
         self.options = options
         self.ranks = ranks
         self.state = TrainerState()
-        loss = policy_loss(options.loss.loss_mode)
+        spec = options.spec
+        loss = policy_loss(spec.actor.loss_mode)
+        offload = spec.actor.fsdp
         self.model = build_policy(
-            load_language_model(options), options, ranks.mesh, param_offload=options.param_offload
+            load_language_model(options), options, ranks.mesh, param_offload=offload.param_offload
         )
         # The reference is the model that training began with, never a checkpoint's.
         self.reference: PolicyModel | None = None
@@ -67,29 +67,23 @@ class TrainerEngine:
                 options,
                 ranks.mesh,
                 trainable=False,
-                param_offload=options.ref_param_offload,
+                param_offload=spec.ref.fsdp.param_offload,
             )
-        self.optimizer = PolicyOptimizer(self.model, options.optimizer, ranks, options.optimizer_offload)
+        self.optimizer = PolicyOptimizer(self.model, spec.actor.optim, ranks, offload.optimizer_offload)
         self.updater = Updater(self.model, self.optimizer, options, ranks, loss, self.state)
         self.store = SnapshotStore() if ranks.is_first else None
         self.weights = None
         if self.store is not None:
-            self.weights = WeightServer(self.store, options.host, options.weight_port, token)
-        self.publisher = Publisher(
-            ranks,
-            getattr(torch, options.rollout_dtype or options.compute_dtype),
-            self.store,
-            self.weights,
-            options.advertised_host,
-        )
+            self.weights = WeightServer(self.store, options.host, spec.network.weight_sync_port, token)
+        self.publisher = Publisher(ranks, options.rollout_dtype, self.store, self.weights, options.advertised_host)
         self.shards = ShardStore(
             self.model,
             self.optimizer,
             ranks,
-            getattr(torch, options.save_dtype or options.compute_dtype),
-            checkpoint_directory(options.model_path),
-            options.seed,
-            options.collective_timeout_seconds,
+            options.compute_dtype,
+            checkpoint_directory(spec.model.path),
+            spec.trainer.seed,
+            spec.trainer.process_group_timeout_seconds,
         )
 
     def run(self, request: TrainerRequest) -> TrainerReply:
@@ -123,12 +117,16 @@ class TrainerEngine:
             )
         if request.actor:
             started = time.perf_counter()
-            log_probs, entropy = compute_log_probs(self.model, sequences, self.options, self.ranks)
+            log_probs, entropy = compute_log_probs(
+                self.model, sequences, self.options, self.ranks, self.options.spec.rollout
+            )
             metrics["timing_s/trainer_log_probs"] = time.perf_counter() - started
         if request.reference:
             assert self.reference is not None
             started = time.perf_counter()
-            ref_log_probs, _ = compute_log_probs(self.reference, sequences, self.options.for_reference(), self.ranks)
+            ref_log_probs, _ = compute_log_probs(
+                self.reference, sequences, self.options, self.ranks, self.options.spec.ref
+            )
             metrics["timing_s/trainer_ref_log_probs"] = time.perf_counter() - started
         return LogProbsReply(
             log_probs=None if log_probs is None else Array.of(log_probs, "float32"),
@@ -162,7 +160,7 @@ class TrainerEngine:
 
     def close(self) -> None:
         """Let a checkpoint that is being written finish, then free ports and threads."""
-        self.shards.status(self.options.collective_timeout_seconds)
+        self.shards.status(self.options.spec.trainer.process_group_timeout_seconds)
         if self.weights is not None:
             self.weights.close()
         if self.store is not None:

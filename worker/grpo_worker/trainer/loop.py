@@ -25,6 +25,7 @@ TICK_SECONDS = 1.0
 TICK, OPERATION, EXIT = b"t", b"o", b"x"
 REPLY_GRACE_SECONDS = 3.0
 TERMINATED_SILENCE_SECONDS = 10.0
+COORDINATOR_LOST_SECONDS = 300.0  # without an answer: the process ends, to be started again
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def _reason_to_end(server: TrainerServer, options: TrainerOptions, terminated: t
     if terminated.is_set() and (not options.coordinator_url or silent > TERMINATED_SILENCE_SECONDS):
         message = "stopped by SIGTERM; there is no coordinator that could still want a checkpoint"
         return RemoteError(reason=YieldedError.reason, message=message, exit_code=int(ExitCode.YIELDED))
-    if silent > options.coordinator_timeout_seconds:
+    if silent > COORDINATOR_LOST_SECONDS:
         message = f"the coordinator at {options.coordinator_url} has not answered for {silent:.0f} s"
         return RemoteError(reason="CoordinatorLost", message=message, exit_code=int(ExitCode.RETRY))
     return None

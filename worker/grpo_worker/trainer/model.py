@@ -78,16 +78,17 @@ def check_supported(config: PreTrainedConfig, options: TrainerOptions) -> None:
             f"data.maxPromptLength + data.maxResponseLength = {options.max_sequence_tokens} is over the model's "
             f"max_position_embeddings of {longest}."
         )
-    if options.use_remove_padding:
+    if options.spec.model.use_remove_padding:
         attention.check_packable(config, options.max_sequence_tokens)
 
 
 def load_language_model(options: TrainerOptions) -> PreTrainedModel:
     """The model in the checkpoint's dtype on the CPU. Raises DataError when it is missing or not a dense decoder."""
-    path, revision = options.model_path, options.model_revision
+    section = options.spec.model
+    path, revision = section.path, section.revision
     config = load_config(path, revision)
     check_supported(config, options)
-    implementation = attention.PACKED_ATTENTION if options.use_remove_padding else attention.PADDED_ATTENTION
+    implementation = attention.PACKED_ATTENTION if section.use_remove_padding else attention.PADDED_ATTENTION
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype="auto", attn_implementation=implementation, trust_remote_code=False
@@ -114,9 +115,9 @@ def build_policy(
 
     A model that is not trainable is kept in the compute dtype (it is cast to that for use anyway).
     """
-    compute_dtype = getattr(torch, options.compute_dtype)
+    section, compute_dtype = options.spec.model, options.compute_dtype
     stored_dtype = torch.float32 if trainable else compute_dtype
-    model = PolicyModel(lm, options.use_remove_padding, options.chunk_tokens, ChunkKernels(options.compile))
+    model = PolicyModel(lm, section.use_remove_padding, options.chunk_tokens, ChunkKernels(options.compile))
     model.requires_grad_(trainable)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=options.device == "cuda") if param_offload else OffloadPolicy()
@@ -124,7 +125,7 @@ def build_policy(
     reshard = mesh.size() > 1 or param_offload
     for layer in model.layers:
         layer.to(stored_dtype)
-        _wrap_forward(layer, options.compile, options.gradient_checkpointing and trainable)
+        _wrap_forward(layer, options.compile, section.enable_gradient_checkpointing and trainable)
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     model.to(stored_dtype)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from grpo_worker.config.actor import Optim
 from grpo_worker.trainer.distributed import Ranks
 from grpo_worker.trainer.model import PolicyModel, named_parameters
-from grpo_worker.trainer.options import OptimizerOptions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CLIP_EPSILON = 1e-6
@@ -29,7 +29,7 @@ class StepResult:
 class PolicyOptimizer:
     """`step` applies and clears the gradients that backward passes left."""
 
-    def __init__(self, model: PolicyModel, options: OptimizerOptions, ranks: Ranks, offload: bool) -> None:
+    def __init__(self, model: PolicyModel, options: Optim, ranks: Ranks, offload: bool) -> None:
         self.options = options
         self.ranks = ranks
         self.offload = offload
@@ -41,7 +41,7 @@ class PolicyOptimizer:
         self.adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=options.lr,
-            betas=options.betas,
+            betas=(options.betas[0], options.betas[1]),
             eps=options.eps,
             fused=True if on_cuda else None,
             foreach=None if on_cuda else True,
@@ -61,8 +61,8 @@ class PolicyOptimizer:
         norm = self._global_norm(gradients)
         skipped = not math.isfinite(norm)
         if not skipped:
-            if self.options.grad_clip > 0 and norm > self.options.grad_clip:
-                torch._foreach_mul_(gradients, self.options.grad_clip / (norm + CLIP_EPSILON))
+            if norm > self.options.clip_grad:
+                torch._foreach_mul_(gradients, self.options.clip_grad / (norm + CLIP_EPSILON))
             self._wake()
             for group in self.adamw.param_groups:
                 group["lr"] = lr

@@ -68,7 +68,7 @@ class TrainerServer:
         self.terminating = ""  # another rank's process that got SIGTERM
         self._terminated = terminated or threading.Event()
         self.metrics = TrainerMetrics()
-        self.port = options.port
+        self.port = options.spec.network.trainer_port
         self.state: Literal["starting", "ready", "failed"] = "starting"
         self.message = ""
         self._options = options
@@ -142,11 +142,11 @@ class TrainerServer:
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, self._options.host, self._options.port)
+            site = web.TCPSite(runner, self._options.host, self.port)
             try:
                 await site.start()
             except OSError as error:
-                where = f"{self._options.host}:{self._options.port}"
+                where = f"{self._options.host}:{self.port}"
                 message = f"network.trainerPort: {where} cannot be used: {error.strerror}. Free it, or choose another."
                 self._started.set_exception(ConfigError(message))
                 return
@@ -160,12 +160,10 @@ class TrainerServer:
             await runner.cleanup()
 
     def _start_heartbeats(self) -> asyncio.Task[None] | None:
-        options = self._options
-        if not options.coordinator_url:
+        url, seconds = self._options.coordinator_url, self._options.spec.network.heartbeat_seconds
+        if not url:
             return None
-        self._heartbeats = HeartbeatClient(
-            options.coordinator_url, self._token, options.heartbeat_seconds, self._beat, self._heard
-        )
+        self._heartbeats = HeartbeatClient(url, self._token, seconds, self._beat, self._heard)
         return asyncio.create_task(self._heartbeats.run())
 
     def _beat(self) -> Heartbeat:
@@ -200,11 +198,12 @@ class TrainerServer:
         except queue.Full:
             return _error(503, "Busy", f"{QUEUED_OPERATIONS} operations are waiting already")
         self._unsent += 1
+        limit = self._options.spec.network.request_timeout_seconds
         try:
             future = asyncio.wrap_future(operation.reply)
-            return await self._send(http, await asyncio.wait_for(future, self._options.operation_timeout_seconds))
+            return await self._send(http, await asyncio.wait_for(future, limit))
         except TimeoutError:
-            return _error(504, "Timeout", f"not done within {self._options.operation_timeout_seconds:.0f} s")
+            return _error(504, "Timeout", f"not done within {limit:.0f} s")
         finally:
             self._unsent -= 1
 

@@ -20,13 +20,15 @@ from torch.distributed.fsdp import FSDPModule
 from grpo_worker.algorithms.aggregation import LossNormalizer, total_loss
 from grpo_worker.algorithms.kl import kl_penalty
 from grpo_worker.algorithms.losses import PolicyLoss, PolicyLossInputs, aggregation_of
+from grpo_worker.config.actor import Ref
+from grpo_worker.config.rollout import Rollout
 from grpo_worker.errors import DataError
 from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.learning_rate import learning_rate
 from grpo_worker.trainer.model import PolicyModel
 from grpo_worker.trainer.optimizer import PolicyOptimizer
-from grpo_worker.trainer.options import OptimizerOptions, TrainerOptions
+from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.packing import PackingPlan, packing_efficiency, plan_micro_batches, rank_imbalance
 
 GIB = 1024**3
@@ -42,21 +44,18 @@ class TrainerState:
 
 
 def compute_log_probs(
-    model: PolicyModel, sequences: Sequences, options: TrainerOptions, ranks: Ranks
+    model: PolicyModel, sequences: Sequences, options: TrainerOptions, ranks: Ranks, limits: Rollout | Ref
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(log-probs, entropy), float32 [response tokens], the same on all ranks. Collective."""
+    """(log-probs, entropy), float32 [response tokens], the same on all ranks. Collective.
+
+    `limits` is the section whose logProb fields bound a forward pass.
+    """
     result = torch.zeros(2, sequences.response_tokens)
-    plan = plan_micro_batches(
-        sequences.lengths,
-        ranks.world_size,
-        **_limits(
-            options.log_prob_max_token_len_per_gpu or options.max_token_len_per_gpu,
-            options.log_prob_micro_batch_size_per_gpu,
-        ),
-    )
+    budget = limits.log_prob_max_token_len_per_gpu or options.spec.actor.token_budget
+    plan = _plan(sequences.lengths, ranks, budget, limits.log_prob_micro_batch_size_per_gpu)
     with torch.no_grad():
         for batch in _micro_batches(sequences, plan, range(sequences.count), options, ranks):
-            log_probs, entropy = model(batch, options.temperature)
+            log_probs, entropy = model(batch, options.spec.rollout.temperature)
             if not batch.empty:
                 result[:, torch.from_numpy(batch.response_index)] = torch.stack([log_probs, entropy]).cpu()
     # FSDP frees gathered parameters in the backward pass; there was none, and an update would leave them stale.
@@ -93,22 +92,24 @@ class Updater:
     def update(self, sequences: Sequences, step: int, total_steps: int = 0) -> dict[str, float]:
         """All mini-batches of training step `step` of `total_steps` (0: unknown), `ppo_epochs` times. Collective.
 
-        Raises DataError for missing values, ConfigError for a schedule that does not fit the run's length.
+        Raises DataError for missing values.
         """
         self.check(sequences)
-        schedule = self.options.schedule_of(total_steps)
+        spec = self.options.spec
+        epochs = spec.actor.ppo_epochs
+        total_updates = total_steps * spec.actor.updates_per_step(spec.data.train_batch_size)
         started = time.perf_counter()
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         facts: dict[str, list[float]] = defaultdict(list)
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(self.options.ppo_epochs):
+        for _ in range(epochs):
             first = 0
             for count in sequences.mini_batch_sequences:
-                self._mini_batch(sequences, range(first, first + count), schedule, sums, facts)
+                self._mini_batch(sequences, range(first, first + count), total_updates, sums, facts)
                 first += count
         self.state.step = step
-        updates = self.options.ppo_epochs * len(sequences.mini_batch_sequences)
+        updates = epochs * len(sequences.mini_batch_sequences)
         metrics = sum_dicts_over_ranks({name: float(value) / updates for name, value in sums.items()}, self.ranks)
         metrics |= {name: float(np.mean(values)) for name, values in facts.items() if not name.startswith("timing_s/")}
         metrics |= {name: float(np.sum(values)) for name, values in facts.items() if name.startswith("timing_s/")}
@@ -116,7 +117,7 @@ class Updater:
         metrics["actor/skipped_updates"] = float(self.state.skipped_updates)
         metrics["timing_s/trainer_update"] = seconds
         metrics["perf/update_tokens_per_second_per_gpu"] = (
-            self.options.ppo_epochs * sum(sequences.lengths) / seconds / self.ranks.world_size
+            epochs * sum(sequences.lengths) / seconds / self.ranks.world_size
         )
         return metrics | memory_metrics(self.ranks)
 
@@ -124,27 +125,25 @@ class Updater:
         self,
         sequences: Sequences,
         members: range,
-        schedule: OptimizerOptions,
+        total_updates: int,
         sums: dict[str, Tensor],
         facts: dict[str, list[float]],
     ) -> None:
         started = time.perf_counter()
         lengths = sequences.lengths[members.start : members.stop]
-        budget = self.options.max_token_len_per_gpu
-        plan = plan_micro_batches(
-            lengths, self.ranks.world_size, **_limits(budget, self.options.micro_batch_size_per_gpu)
-        )
+        actor = self.options.spec.actor
+        plan = _plan(lengths, self.ranks, actor.token_budget, actor.ppo_micro_batch_size_per_gpu)
         tokens, counted = _valid_counts(sequences, members)
         normalizer = LossNormalizer(
-            mode=self.options.loss.loss_agg_mode,  # type: ignore[arg-type]
+            mode=actor.loss_agg_mode,
             global_tokens=tokens,
             global_seqs=counted,
-            max_response_tokens=self.options.max_response_tokens,
+            max_response_tokens=self.options.spec.data.max_response_length,
         )
         for batch in _micro_batches(sequences, plan, members, self.options, self.ranks):
             self._forward_backward(batch, sequences, normalizer, sums)
         self.state.updates += 1
-        lr = learning_rate(schedule, self.state.updates)
+        lr = learning_rate(actor.optim, total_updates, self.state.updates)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         computed = time.perf_counter()
@@ -159,17 +158,17 @@ class Updater:
         facts["timing_s/trainer_forward_backward"].append(computed - started)
         facts["timing_s/trainer_optimizer"].append(time.perf_counter() - computed)
         facts["perf/micro_batches"].append(plan.micro_batches)
-        facts["perf/packing_efficiency"].append(packing_efficiency(plan, lengths, budget))
+        facts["perf/packing_efficiency"].append(packing_efficiency(plan, lengths, actor.token_budget))
         facts["perf/rank_imbalance"].append(rank_imbalance(plan, lengths))
 
     def _forward_backward(
         self, batch: MicroBatch, sequences: Sequences, normalizer: LossNormalizer, sums: dict[str, Tensor]
     ) -> None:
-        log_probs, entropy = self.model(batch, self.options.temperature)
+        log_probs, entropy = self.model(batch, self.options.spec.rollout.temperature)
         if batch.empty:
             (log_probs.sum() * 0.0).backward()
             return
-        options = self.options.loss
+        actor = self.options.spec.actor
         value = self._values(sequences, batch)
         mask = value("response_mask")
         assert mask is not None
@@ -182,30 +181,30 @@ class Updater:
                 mask=mask,
                 seq_ids=batch.seq_ids,
                 num_seqs=num_seqs,
-                clip_ratio_low=options.clip_ratio_low,
-                clip_ratio_high=options.clip_ratio_high,
-                clip_ratio_c=options.clip_ratio_c,
+                clip_ratio_low=actor.clip_ratio_low,
+                clip_ratio_high=actor.clip_ratio_high,
+                clip_ratio_c=actor.clip_ratio_c,
             )
         )
         kl = None
-        if options.use_kl_loss:
-            kl = kl_penalty(log_probs, value("ref_log_probs"), options.kl_loss_type)  # type: ignore[arg-type]
+        if actor.use_kl_loss:
+            kl = kl_penalty(log_probs, value("ref_log_probs"), actor.kl_loss_type)
         total = total_loss(
             outcome.loss,
             mask,
             batch.seq_ids,
             num_seqs,
             normalizer,
-            policy_mode=aggregation_of(options.loss_mode, normalizer.mode),
+            policy_mode=aggregation_of(actor.loss_mode, normalizer.mode),
             is_weights=value("is_weights"),
             kl=kl,
-            kl_coef=options.kl_loss_coef,
+            kl_coef=actor.kl_loss_coef,
             entropy=entropy,
-            entropy_coef=options.entropy_coeff,
+            entropy_coef=actor.entropy_coeff,
         )
         total.total.backward()
         parts = {"actor/pg_loss": total.policy, "actor/entropy": total.entropy}
-        if options.use_kl_loss:
+        if actor.use_kl_loss:
             parts["actor/kl_loss"] = total.kl
         tokens = max(normalizer.global_tokens, 1)
         shares = {_metric_name(name): value / tokens for name, value in outcome.metrics.items()}
@@ -223,7 +222,7 @@ class Updater:
 
     def check(self, sequences: Sequences) -> None:
         """Raises DataError when the batch lacks what the loss needs."""
-        needed = ["old_log_probs", "advantages"] + (["ref_log_probs"] if self.options.loss.use_kl_loss else [])
+        needed = ["old_log_probs", "advantages"] + (["ref_log_probs"] if self.options.spec.actor.use_kl_loss else [])
         missing = [name for name in needed if name not in sequences.values]
         if missing:
             raise DataError(f"update: the batch has no {', '.join(missing)}")
@@ -243,13 +242,12 @@ def _micro_batches(
     sequences: Sequences, plan: PackingPlan, members: range, options: TrainerOptions, ranks: Ranks
 ) -> Iterator[MicroBatch]:
     for indices in plan.ranks[ranks.rank]:
-        yield collate(sequences, [members[i] for i in indices], options.use_remove_padding, ranks.device)
+        yield collate(sequences, [members[i] for i in indices], options.spec.model.use_remove_padding, ranks.device)
 
 
-def _limits(max_tokens: int, sequences_per_micro_batch: int | None) -> dict[str, int | None]:
-    if sequences_per_micro_batch is not None:
-        return {"sequences_per_micro_batch": sequences_per_micro_batch}
-    return {"max_tokens": max_tokens}
+def _plan(lengths: list[int], ranks: Ranks, max_tokens: int, sequences: int | None) -> PackingPlan:
+    """Micro-batches of `sequences` when that is given, else of up to `max_tokens`."""
+    return plan_micro_batches(lengths, ranks.world_size, None if sequences else max_tokens, sequences)
 
 
 def _valid_counts(sequences: Sequences, members: range) -> tuple[int, int]:
