@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from trainer_helpers import options_for, save_tiny_model, sequences_of, single_rank
+from trainer_helpers import options_for, plain_log_probs, save_tiny_model, sequences_of, single_rank
 from transformers import AutoModelForCausalLM
 
 from grpo_worker.errors import ConfigError, DataError
@@ -24,23 +23,6 @@ def policy(options: TrainerOptions) -> PolicyModel:
 
 def log_probs_of(model: PolicyModel, sequences: Sequences, options: TrainerOptions) -> tuple[np.ndarray, np.ndarray]:
     return compute_log_probs(model, sequences, options, single_rank(), options.spec.rollout)
-
-
-def plain_log_probs(model: Path, sequences: Sequences, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    log_probs, entropies = [], []
-    for i in range(sequences.count):
-        ids = torch.from_numpy(
-            sequences.token_ids[sequences.token_offsets[i] : sequences.token_offsets[i + 1]].astype(np.int64)
-        )
-        with torch.no_grad():
-            logits = lm(ids[None]).logits[0] / temperature
-        table = torch.log_softmax(logits, dim=-1)
-        prompt = int(sequences.prompt_lengths[i])
-        rows = table[prompt - 1 : -1]
-        log_probs.append(rows.gather(-1, ids[prompt:, None]).squeeze(-1))
-        entropies.append(-(rows.exp() * rows).sum(-1))
-    return torch.cat(log_probs).numpy(), torch.cat(entropies).numpy()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from trainer_helpers import batch_message, options_for, save_tiny_model
+from trainer_helpers import batch_message, options_for, plain_log_probs, save_tiny_model
 
 from grpo_worker.protocol.messages import Array
 from grpo_worker.trainer.batch import Sequences
@@ -66,3 +66,16 @@ def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change:
     assert source is not None and source.total_bytes > 0
     wanted.close()
     actual.close()
+
+
+def test_float32_on_a_gpu_is_float32(tmp_path: Path, ranks: Ranks) -> None:
+    model, sequences = save_tiny_model(tmp_path, **WIDE), Sequences.of(batch_message(LENGTHS))
+    found = {}
+    for dtype in ("float32", "tf32"):
+        options = options_for(model, device="cuda", model={"dtype": dtype, "compile": False})
+        engine = TrainerEngine(options, ranks)
+        found[dtype] = compute_log_probs(engine.model, sequences, options, ranks, options.spec.rollout)[0]
+        engine.close()
+    expected = plain_log_probs(model, sequences, 1.0)[0]
+    errors = {dtype: float(np.abs(log_probs - expected).max()) for dtype, log_probs in found.items()}
+    assert errors["float32"] < 1e-5 < errors["tf32"], errors

@@ -1,12 +1,15 @@
 """From a job to the trainer's options, and from exceptions to exit codes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trainer_helpers import options_for, save_tiny_model, single_rank
 
 from grpo_worker.config.job import GRPOJob
 from grpo_worker.errors import DataError, StalledError
+from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused, remote_error
 from grpo_worker.trainer.options import TrainerOptions
 
@@ -42,6 +45,16 @@ def test_what_the_document_says_comes_before_the_device() -> None:
     assert (options.compute_dtype, options.rollout_dtype) == (torch.float32, torch.float16)
     assert (options.compile, options.chunk_tokens, options.reference) == (False, 64, True)
     assert options.spec.actor.token_budget == 9000
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), [("tf32", True), ("float32", False), ("bfloat16", False), ("auto", False)])
+def test_float32_is_exact_unless_tf32_is_asked_for_by_name(tmp_path: Path, dtype: str, tf32: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not tf32
+    options = options_for(save_tiny_model(tmp_path), model={"dtype": dtype})
+    TrainerEngine(options, single_rank()).close()
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert options.compute_dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
 
 def test_a_process_learns_its_place_from_the_environment() -> None:

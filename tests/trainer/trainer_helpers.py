@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_worker.config.job import Spec
 from grpo_worker.protocol.messages import Array, TrainBatch
@@ -75,6 +75,24 @@ def options_for(path: Path, device: Literal["cuda", "cpu"] = "cpu", **sections: 
     for name, section in sections.items():
         spec[name] = spec.get(name, {}) | section
     return TrainerOptions(Spec.model_validate(spec), device)
+
+
+def plain_log_probs(model: Path, sequences: Sequences, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """(log-probs, entropy) of the response tokens by plain Transformers on the CPU, one sequence at a time."""
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    log_probs, entropies = [], []
+    for i in range(sequences.count):
+        ids = torch.from_numpy(
+            sequences.token_ids[sequences.token_offsets[i] : sequences.token_offsets[i + 1]].astype(np.int64)
+        )
+        with torch.no_grad():
+            logits = lm(ids[None]).logits[0] / temperature
+        table = torch.log_softmax(logits, dim=-1)
+        prompt = int(sequences.prompt_lengths[i])
+        rows = table[prompt - 1 : -1]
+        log_probs.append(rows.gather(-1, ids[prompt:, None]).squeeze(-1))
+        entropies.append(-(rows.exp() * rows).sum(-1))
+    return torch.cat(log_probs).numpy(), torch.cat(entropies).numpy()
 
 
 def free_port() -> int:

@@ -26,8 +26,10 @@ class Model(Section):
         ..., "Directory, path on a volume, or Hugging Face id.", verl="actor_rollout_ref.model.path", min_length=1
     )
     revision: str | None = field(None, "Branch, tag or commit of a Hugging Face id.")
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        "auto", "Compute type of the trainer; auto is bfloat16 on GPU, float32 on CPU. Master weights are always float32.",
+    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = field(
+        "auto",
+        "Compute type of the trainer; auto is bfloat16 on GPU, float32 on CPU. tf32 is float32 whose matrix products a GPU "
+        "rounds to 10 bits (TensorFloat-32). Master weights are always float32.",
         verl="actor.fsdp_config.dtype",
     )  # fmt: skip
     use_remove_padding: bool = field(

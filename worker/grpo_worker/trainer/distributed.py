@@ -65,8 +65,6 @@ def join(device: str, timeout_seconds: float, seed: int, rendezvous_timeout_seco
     seed_everything(seed + rank)
     if place.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    else:
-        torch.backends.cuda.matmul.allow_tf32 = True
     return Ranks(rank, world_size, place, mesh, control, saving, store)
 
 

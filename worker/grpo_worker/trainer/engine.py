@@ -33,7 +33,13 @@ from grpo_worker.protocol.messages import (
 from grpo_worker.trainer.batch import Sequences
 from grpo_worker.trainer.distributed import Ranks
 from grpo_worker.trainer.failures import OperationRefused
-from grpo_worker.trainer.model import PolicyModel, build_policy, checkpoint_directory, load_language_model
+from grpo_worker.trainer.model import (
+    PolicyModel,
+    build_policy,
+    checkpoint_directory,
+    load_language_model,
+    set_float32_precision,
+)
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.publish import Publisher
@@ -55,6 +61,7 @@ class TrainerEngine:
         self.state = TrainerState()
         spec = options.spec
         loss = policy_loss(spec.actor.loss_mode)
+        set_float32_precision(spec.model.dtype == "tf32")
         offload = spec.actor.fsdp
         self.model = build_policy(
             load_language_model(options), options, ranks.mesh, param_offload=offload.param_offload

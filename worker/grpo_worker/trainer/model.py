@@ -56,6 +56,15 @@ class PolicyModel(nn.Module):
         return chunked_log_probs(hidden, weight, batch.targets, temperature, self.chunk_tokens, self.kernels)
 
 
+def set_float32_precision(tf32: bool) -> None:
+    """Whether this process's float32 matrix products and convolutions may be rounded to TF32's 10 bits on a GPU.
+
+    Exact also when the model runs in bfloat16: what it still computes in float32 (rotary angles) is so for a reason.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's own default is True
+
+
 def load_config(path: str, revision: str | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)

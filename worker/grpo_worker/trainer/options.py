@@ -45,8 +45,13 @@ class TrainerOptions:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        name = self.spec.model.dtype
-        return getattr(torch, ("bfloat16" if self.device == "cuda" else "float32") if name == "auto" else name)
+        match self.spec.model.dtype:
+            case "auto":
+                return torch.bfloat16 if self.device == "cuda" else torch.float32
+            case "bfloat16":
+                return torch.bfloat16
+            case "float32" | "tf32":
+                return torch.float32
 
     @property
     def rollout_dtype(self) -> torch.dtype:
