@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from coordinator_helpers import TOKEN
+from coordinator_stage import PROMPTS, Stage
 from transformers import PreTrainedTokenizerBase
 
+from grpo_worker.coordinator import dispatch, saver
 from grpo_worker.demo.tokenizer import build_tokenizer
+from grpo_worker.environment import COORDINATOR_PORT, JOB_TOKEN, RUN_DIRECTORY
+from grpo_worker.local.placement import free_port
 
 REWARDS = '''
 import os, time
@@ -45,3 +52,17 @@ def rewards(tmp_path: Path) -> Path:
     path = tmp_path / "my_rewards.py"
     path.write_text(REWARDS)
     return path
+
+
+@pytest.fixture
+def stage(tmp_path: Path, rewards: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    monkeypatch.setattr(saver, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(dispatch, "CHUNK_PROMPTS", 2)
+    tokenizer.save_pretrained(str(tmp_path / "model"))
+    columns = {"prompt": [f"{i}+1=" for i in range(PROMPTS)], "response": [""] * PROMPTS, "reward": [str(i + 1) for i in range(PROMPTS)]}  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    port = free_port()
+    monkeypatch.setenv(COORDINATOR_PORT, str(port))
+    monkeypatch.setenv(JOB_TOKEN, TOKEN)
+    monkeypatch.setenv(RUN_DIRECTORY, str(tmp_path / "run"))
+    return Stage(tmp_path, f"http://127.0.0.1:{port}", rewards)

@@ -13,7 +13,6 @@ from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.coordinator.schedule import Batch, Schedule
 from grpo_worker.data.dataset import Prompt
 from grpo_worker.data.order import Cursor
-from grpo_worker.errors import DataError
 
 
 def prompts(number: int, start: int = 0) -> Iterator[Prompt]:
@@ -21,7 +20,7 @@ def prompts(number: int, start: int = 0) -> Iterator[Prompt]:
 
 
 def make(number: int = 100, *, batch_size: int = 4, max_staleness: int = 0, max_gen_batches: int = 1, version: int = 0,
-         last_version: int = 10, start: int = 0) -> Schedule:  # fmt: skip
+         last_version: int | None = 10, start: int = 0) -> Schedule:  # fmt: skip
     return Schedule(
         prompts(number, start),
         Cursor(0, start),
@@ -29,6 +28,7 @@ def make(number: int = 100, *, batch_size: int = 4, max_staleness: int = 0, max_
         max_staleness=max_staleness,
         max_gen_batches=max_gen_batches,
         version=version,
+        prompts_left=number - start,
         last_version=last_version,
     )
 
@@ -114,14 +114,16 @@ def test_at_the_bound_of_dynamic_sampling_a_step_trains_on_what_there_is() -> No
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_groups_that_all_score_the_same_end_the_run_with_a_reason(staleness: int) -> None:
+def test_at_the_bound_a_batch_may_have_nothing_to_train_on(staleness: int) -> None:
     schedule = make(max_staleness=staleness, max_gen_batches=2)
     while admitted := schedule.admit():
         for group in admitted:
             end(group, GroupState.FILTERED)
     assert schedule.available()
-    with pytest.raises(DataError, match=r"algorithm\.filterGroups: .*all samples scored the same"):
-        schedule.take()
+    batch = schedule.take()
+    assert not batch.ready
+    assert len(batch.filtered) >= 8
+    assert not schedule.at_end
 
 
 def test_failed_groups_are_reported_with_the_step() -> None:
@@ -132,17 +134,69 @@ def test_failed_groups_are_reported_with_the_step() -> None:
     assert (len(batch.ready), uids(batch.failed)) == (3, ["0-2"])
 
 
-def test_the_end_of_the_data_ends_the_run_with_a_smaller_step() -> None:
-    schedule = make(6)
-    for expected in (4, 2):
+def test_prompts_that_fill_no_batch_are_left_out() -> None:
+    schedule = make(11, last_version=None)
+    assert schedule.last_version == 2
+    for step in (1, 2):
         for group in schedule.admit():
             end(group)
-        assert schedule.available()
-        assert not schedule.at_end
-        assert len(schedule.take().ready) == expected
-        schedule.trained(schedule.version + 1)
+        assert len(schedule.take().ready) == 4
+        schedule.trained(step)
+        assert schedule.last_version == 2
+    assert schedule.admit() == []
+    assert (schedule.prompts_left, schedule.frontier) == (3, Cursor(0, 8))
+
+
+def generate(schedule: Schedule, states: Iterator[str]) -> Batch:
+    """One on-policy step whose groups end in these states."""
+    while not schedule.available():
+        for group in schedule.admit():
+            end(group, GroupState[next(states)])
+    return schedule.take()
+
+
+def test_the_end_of_the_data_ends_the_run_with_a_smaller_step() -> None:
+    schedule = make(10, max_gen_batches=4, last_version=None)
+    states = iter(
+        ["READY", "READY", "READY", "READY", "READY", "FILTERED", "FILTERED", "READY", "FILTERED", "FILTERED"]
+    )
+    for step, expected in enumerate((4, 2), 1):
+        assert len(generate(schedule, states).ready) == expected
+        schedule.trained(step)
+    assert schedule.last_version == 2
     assert schedule.admit() == []
     assert schedule.at_end
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "steps_after"), [(8, 8), (16, 6), (4, 12), (32, 5), (64, 4)], ids=lambda value: str(value)
+)
+def test_steps_left_follow_from_prompts_left_whatever_the_batch_was_before(batch_size: int, steps_after: int) -> None:
+    """64 prompts, four steps of 8 behind."""
+    schedule = make(64, batch_size=batch_size, version=4, start=32, last_version=None)
+    assert schedule.last_version == steps_after
+    trained = 0
+    while schedule.version < schedule.last_version:
+        for group in schedule.admit():
+            end(group, version=schedule.version)
+        trained += len(schedule.take().ready)
+        assert schedule.last_version == steps_after  # also while the step is being trained
+        schedule.trained(schedule.version + 1)
+    assert trained == (steps_after - 4) * batch_size
+    assert schedule.prompts_left == 32 - trained
+
+
+def test_filtered_prompts_cost_planned_steps_as_they_go() -> None:
+    schedule = make(17, max_gen_batches=4, last_version=None)
+    assert schedule.last_version == 4
+    assert len(generate(schedule, iter(["READY", "FILTERED", "READY", "FILTERED", "READY", "READY"])).ready) == 4
+    schedule.trained(1)
+    assert schedule.prompts_left == 17 - 6
+    assert schedule.last_version == 1 + 11 // 4
+
+
+def test_a_limit_of_steps_that_is_reached_already_leaves_nothing_to_do() -> None:
+    assert make(64, version=7, start=28, last_version=5).last_version == 7
 
 
 def test_a_sample_that_is_too_old_is_sent_back_at_the_door() -> None:
@@ -165,7 +219,6 @@ class Simulation:
 
     schedule: Schedule
     draw: st.DataObject
-    last_version: int
     max_staleness: int
     batch_size: int
     states: list[GroupState]
@@ -204,16 +257,15 @@ class Simulation:
         return batch
 
     def run(self) -> None:
-        while self.schedule.version < self.last_version:
+        while self.schedule.version < self.schedule.last_version:
             self.feed()
             assert self.schedule.reject_stale() == []  # the door never has to refuse
             if self.schedule.available():
                 if not self.schedule.window:
                     break
-                if self.consume().ready:
-                    self.schedule.trained(self.schedule.version + 1)
-                elif self.schedule.at_end:
+                if not self.consume().ready:
                     break
+                self.schedule.trained(self.schedule.version + 1)
             elif self.waiting or self.running:
                 self.advance()
             else:
@@ -234,12 +286,8 @@ def test_any_order_of_events_keeps_the_promises(
         last_version=last_version,
     )
     states = [GroupState.READY] * 3 + [GroupState.FILTERED, GroupState.FAILED][:bad]
-    simulation = Simulation(schedule, data, last_version, max_staleness, batch_size, states)
-    try:
-        simulation.run()
-    except DataError:
-        assert bad
-        return
+    simulation = Simulation(schedule, data, max_staleness, batch_size, states)
+    simulation.run()
     assert all(0 <= staleness <= max_staleness for staleness in simulation.staleness)
     assert all(count == 1 for count in simulation.ended.values())
     assert uids(simulation.admitted) == [f"0-{index}" for index in range(len(simulation.admitted))]
@@ -249,4 +297,4 @@ def test_any_order_of_events_keeps_the_promises(
     if not bad:
         assert len(simulation.admitted) <= last_version * batch_size
         assert left == set()
-        assert schedule.version == min(last_version, -(-number // batch_size))
+        assert schedule.version == min(last_version, number // batch_size)

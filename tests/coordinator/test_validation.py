@@ -7,6 +7,7 @@ import pytest
 from coordinator_helpers import Engine, answer, prompt, world
 from transformers import PreTrainedTokenizerBase
 
+from grpo_worker.config.rollout import ValidationSampling
 from grpo_worker.coordinator.scoring import Scorer
 from grpo_worker.coordinator.validation import Validation, ValidationResult
 from grpo_worker.errors import DataError
@@ -49,7 +50,8 @@ async def run(
     async with world(here_engine, version=3) as here, RewardPool(f"{rewards}:{function}", {}, 1, 5.0, 60.0) as pool:
         scorer = Scorer(pool, tokenizer, minimum_samples=2, filter_metric="score", max_failure_ratio=0.5)
         try:
-            validation = Validation(PROMPTS, here.options(), samples, 0.7, 0.9, atomic=atomic)
+            sampled = ValidationSampling(n=samples, temperature=0.7, topP=0.9)
+            validation = Validation(PROMPTS, here.options(), sampled, atomic=atomic)
             return await validation.run(here.dispatcher_of, scorer)
         finally:
             assert (scorer.counts.scored, scorer.counts.failed) == (0, 0)  # the step under way knows nothing of it
@@ -62,7 +64,7 @@ async def test_greedy_pass_at_1_is_the_share_of_right_answers(
 ) -> None:
     served = engine(tokenizer)
     result = await run(rewards, tokenizer, served, atomic=atomic)
-    assert result.accuracy == pytest.approx(3 / 5)
+    assert result.metrics["val/accuracy/pass@1"] == pytest.approx(3 / 5)
     assert result.metrics == pytest.approx({
         "val/accuracy/pass@1": 0.6, "val/score/pass@1": 0.6, "val/response_length/mean": 1.0, "val/failed/pass@1": 0.0,
     })  # fmt: skip
@@ -77,7 +79,7 @@ async def test_mean_at_k_is_of_sampled_answers(rewards: Path, tokenizer: PreTrai
     result = await run(rewards, tokenizer, served, samples=3)
     # An even prompt is right, wrong, right; an odd one wrong, right, wrong.
     assert result.metrics["val/accuracy/mean@3"] == pytest.approx((3 * 2 / 3 + 2 * 1 / 3) / 5)
-    assert result.accuracy == pytest.approx(3 / 5)
+    assert result.metrics["val/accuracy/pass@1"] == pytest.approx(3 / 5)
     sampled = [request for request in served.requests if request.sampling.n == 3]
     assert {(request.sampling.temperature, request.sampling.top_p) for request in sampled} == {(0.7, 0.9)}
 
@@ -85,7 +87,7 @@ async def test_mean_at_k_is_of_sampled_answers(rewards: Path, tokenizer: PreTrai
 async def test_a_prompt_that_fails_is_left_out_and_counted(rewards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     result = await run(rewards, tokenizer, engine(tokenizer, {"0-1"}))
     assert result.metrics["val/failed/pass@1"] == 1.0
-    assert result.accuracy == pytest.approx(3 / 4)
+    assert result.metrics["val/accuracy/pass@1"] == pytest.approx(3 / 4)
 
 
 async def test_validation_without_any_answer_stops_the_job(rewards: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -114,7 +114,7 @@ class AdaptiveKLController:
         return {"coefficient": self.coefficient}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coefficient = state["coefficient"]
+        self.coefficient = state.get("coefficient", self.coefficient)  # none: the run had a fixed one
 
 
 def make_kl_controller(

@@ -1,132 +1,112 @@
 """The training loop: rollout -> reward -> advantage -> update -> publish, step after step.
 
 Invariants:
-- maxStaleness 0: a step's prompts are generated with the weights of the step before, by idle engines, in requests whose results do not
-  depend on timing; so the run is a function of the document and the data.
-- maxStaleness 1 and more: the feeder keeps the engines busy while the trainer updates; `Schedule` bounds how far they run ahead.
 - A step exists once its weights serve. A stop request ends the run between two steps, after a save.
+- Whatever else ends the run, what the trainer has learned since the last save is saved first, unless the trainer itself failed.
 """
 
 import asyncio
 import os
-import time
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from grpo_worker.algorithms import AdvantageEstimator, KLController
 from grpo_worker.config import Spec
-from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher
-from grpo_worker.coordinator.experience import Credited, assemble, assign_credit
-from grpo_worker.coordinator.groups import Group, GroupState
+from grpo_worker.coordinator.collector import Collector
+from grpo_worker.coordinator.dispatch import DispatchOptions
+from grpo_worker.coordinator.halt import Halt, Result
+from grpo_worker.coordinator.learner import Learner
 from grpo_worker.coordinator.progress import Progress
-from grpo_worker.coordinator.records import StepRecords
+from grpo_worker.coordinator.run_log import RunLog
+from grpo_worker.coordinator.run_state import RunState
 from grpo_worker.coordinator.saver import Saver
-from grpo_worker.coordinator.schedule import Batch, Schedule
-from grpo_worker.coordinator.scoring import Scorer
-from grpo_worker.coordinator.step_metrics import (
-    experience_metrics,
-    extra_reward_metrics,
-    group_metrics,
-    performance_metrics,
-)
-from grpo_worker.coordinator.trainer_client import TrainerClient
-from grpo_worker.coordinator.validation import Validation
+from grpo_worker.coordinator.schedule import Schedule
+from grpo_worker.coordinator.scoring import Scorer, ScoreRange, nothing_to_train
+from grpo_worker.coordinator.step_metrics import extra_reward_metrics, group_metrics, performance_metrics
+from grpo_worker.coordinator.timing import StartupTimer, Timer
+from grpo_worker.coordinator.trainer_client import TrainerLost
+from grpo_worker.coordinator.validation import MakeDispatcher, Validation
 from grpo_worker.coordinator.weight_sync import Emit, SyncReport, WeightSync
 from grpo_worker.data.dataset import BlockDataset
 from grpo_worker.environment import DEVICE_COUNT
-from grpo_worker.errors import DataError, StalledError, YieldedError
-from grpo_worker.metric_loggers import MetricLoggers
-from grpo_worker.protocol.messages import LogProbsReply, LogProbsRequest, UpdateReply, UpdateRequest
-
-Result = TypeVar("Result")
-
-
-class Timer:
-    """Seconds by part of the step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    @contextmanager
-    def part(self, name: str) -> Any:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-    def total(self) -> dict[str, float]:
-        return {**self.seconds, "step": time.monotonic() - self._started}
+from grpo_worker.errors import DataError, YieldedError
 
 
 @dataclass
 class Parts:
-    """What the loop drives. Made by `coordinator.main`, so that each part can be replaced."""
+    """What the loop drives. Made by `coordinator.build`, so that each part can be replaced."""
 
     dataset: BlockDataset
+    model: dict[str, Any]  # described, for the checkpoint
     schedule: Schedule
-    make_dispatcher: Callable[[DispatchOptions, Callable[[Group], None]], RolloutDispatcher]
+    make_dispatcher: MakeDispatcher
     dispatch_options: DispatchOptions
     scorer: Scorer
-    estimator: AdvantageEstimator
-    kl_controller: KLController
-    trainer: TrainerClient
+    learner: Learner
     weights: WeightSync
     saver: Saver
     validation: Validation | None
-    loggers: MetricLoggers
-    ledger: StepRecords
-    samples: StepRecords
+    log: RunLog
     progress: Progress
     emit: Emit
+    startup: StartupTimer
 
 
 class TrainingLoop:
-    """Runs from `step` (0, or a checkpoint's) to `total_steps`."""
+    """Runs from the version that the schedule starts with (0, or a checkpoint's step) to its last one."""
 
-    def __init__(self, spec: Spec, parts: Parts, step: int, total_steps: int) -> None:
+    def __init__(self, spec: Spec, parts: Parts, updates: int) -> None:
+        """`updates`: the optimizer's so far."""
         self._spec = spec
         self._parts = parts
-        self.dispatcher = parts.make_dispatcher(parts.dispatch_options, self._on_generated)  # runs beside `run`
-        self._step = step
-        self._total_steps = total_steps
-        self._overlapped = spec.rollout.max_staleness > 0
-        self._group_ended = asyncio.Event()
-        self._generated_at = time.monotonic()
-        self._stop_reason = ""
-        self._stopped = asyncio.Event()
+        self._halt = Halt()
+        self._collector = Collector(
+            spec,
+            parts.schedule,
+            parts.make_dispatcher,
+            parts.dispatch_options,
+            parts.scorer,
+            parts.emit,
+            self._halt,
+        )
+        self._step = parts.schedule.version
+        self._updates = updates
+        self._planned = parts.schedule.last_version
+        self._scores = ScoreRange()
+        self._unsaved: RunState | None = None  # of the last step that the trainer made
+        self._metrics: dict[str, float] = {}  # of that step
+        self._logged_step = self._validated_step = -1
         self._published = False
         self._redispatched = 0
-        self._metrics: dict[str, float] = {}  # of the last step
-        self._validated_step = -1
 
     def stop(self, reason: str) -> None:
         """End after the step under way, saving first; what is no part of a step is broken off."""
-        self._stop_reason = self._stop_reason or reason
-        self._stopped.set()
-        self._group_ended.set()
-
-    def _on_generated(self, group: Group) -> None:
-        """A group came back from an engine, or failed."""
-        self._generated_at = time.monotonic()
-        if group.state is GroupState.FAILED:
-            self._on_ended(group)
-        else:
-            self._parts.scorer.submit(group, self._on_ended)
+        self._halt.ask(reason)
 
     async def run(self) -> None:
-        """Raises YieldedError after a stop request; GRPOErrors as they come."""
+        """Raises YieldedError after a stop request; GRPOErrors as they come, after a save."""
+        beside = [self._collector.dispatcher.run(), self._parts.weights.join_forever()]
+        services = [asyncio.create_task(self._halt.watch(work)) for work in beside]
+        try:
+            await self._train()
+        except Exception as error:
+            await self._save_before_the_end(error)
+            raise
+        finally:
+            for service in services:
+                service.cancel()
+            await asyncio.gather(*services, return_exceptions=True)
+
+    async def _train(self) -> None:
         parts = self._parts
-        parts.progress.begin(self._step, self._total_steps, self._epoch())
-        timer = Timer()
-        with timer.part("update_weights"):
-            await self._publish()
-        if self._step == 0 and self._spec.trainer.val_before_train and (metrics := await self._validate(0)):
-            parts.loggers.log(0, {"epoch": 0.0, **metrics})
-        while self._step < self._total_steps and not self._stop_reason:
+        parts.progress.begin(self._step, self._planned, self._epoch())
+        await self._publish(parts.startup, "publish", "engines")
+        if self._step == 0 and self._spec.trainer.val_before_train:
+            with parts.startup.part("validation"):
+                metrics = await self._validate()
+            if metrics:
+                parts.log.metrics(0, {"epoch": 0.0, **metrics})
+        while self._step < parts.schedule.last_version and not self._halt.reason:
             parts.progress.set("Training", f"step {self._step + 1}")
             if not await self._one_step():
                 break
@@ -134,134 +114,58 @@ class TrainingLoop:
 
     async def _one_step(self) -> bool:
         """One step; False when the data has ended or a stop was asked for before it began."""
-        parts, timer = self._parts, Timer()
-        waited = time.monotonic()
-        batch = await self._collect()
+        parts, schedule, timer = self._parts, self._parts.schedule, Timer()
+        batch = await self._collector.next_batch(timer)
         if batch is None:
             return False
-        arrived = time.monotonic()
-        timer.seconds["gen"] = max(min(self._generated_at, arrived) - waited, 0.0)
-        timer.seconds["reward"] = arrived - waited - timer.seconds["gen"]
         counts = parts.scorer.take_counts()
-        credited, metrics = await self._update(batch, timer)
-        with timer.part("update_weights"):
-            report = await self._publish()
-        parts.schedule.trained(self._step)
-        if self._overlapped:
-            self._feed()
-        self._record(batch)
+        self._scores.add([*batch.ready, *batch.filtered])
+        if not batch.ready:
+            parts.log.batch(self._step + 1, batch)
+            if schedule.at_end and self._step > 0:
+                return False
+            raise nothing_to_train(self._step + 1, batch.filtered, batch.failed)
+        credited, metrics = await parts.learner.learn(batch.ready, self._step + 1, schedule.last_version, timer)
+        self._step += 1
+        self._updates += len(credited.experience.mini_batch_sequences) * self._spec.actor.ppo_epochs
+        self._unsaved, self._metrics = self._state(), metrics
+        parts.log.batch(self._step, batch)
+        report = await self._publish(timer)
+        self._collector.trained(self._step)
         metrics |= report.metrics() | group_metrics(batch, self._step - 1) | extra_reward_metrics(batch.ready)
-        metrics |= {
-            "reward/failures": float(counts.failed),
-            **{f"reward/{kind}": float(n) for kind, n in counts.kinds.items()},
-        }
+        metrics |= counts.metrics()
         parts.progress.failed_samples(counts.kinds)
-        if self._save_due():
+        if self._due(self._spec.checkpoint.save_freq):
             with timer.part("save_checkpoint"):
-                await self._save()
-        if self._validation_due():
+                await self._save(self._unsaved)
+        if self._due(self._spec.trainer.test_freq, at_the_end=True):
             with timer.part("testing"):
-                metrics |= await self._validate(self._step)
-        metrics |= performance_metrics(credited.experience, timer.total(), self._gpus())
-        epoch = self._epoch()
-        parts.loggers.log(self._step, {"epoch": epoch, **metrics})
-        parts.progress.stepped(self._step, epoch, metrics, len(batch.ready))
-        parts.progress.redispatched(self.dispatcher.redispatched - self._redispatched)
-        self._redispatched = self.dispatcher.redispatched
-        self._metrics = {"epoch": epoch, **metrics}
+                metrics |= await self._validate()
+        metrics |= performance_metrics(
+            credited.experience, {**timer.seconds, "step": timer.elapsed()}, self._gpus()
+        ) | parts.startup.first_step(timer)
+        self._log_step()
+        parts.progress.stepped(self._step, schedule.last_version, self._epoch(), metrics, len(batch.ready))
+        parts.progress.redispatched(self._collector.dispatcher.redispatched - self._redispatched)
+        self._redispatched = self._collector.dispatcher.redispatched
         return True
 
-    async def _collect(self) -> Batch | None:
-        """The next step's groups; None at the end of the data or on a stop request."""
-        parts, schedule = self._parts, self._parts.schedule
-        deadline = time.monotonic() + self._spec.failure_policy.stall_timeout_seconds
-        while True:
-            self._group_ended.clear()
-            parts.scorer.raise_failure()
-            if self._stop_reason:
-                return None
-            if stale := schedule.reject_stale():
-                parts.emit(
-                    "warning",
-                    "StaleSamples",
-                    f"{len(stale)} groups were older than rollout.maxStaleness and are generated again",
-                )
-                self.dispatcher.submit(stale, atomic=False)
-            self._feed()
-            if schedule.available():
-                batch = schedule.take()
-                if batch.ready:
-                    return batch
-                self._nothing_to_train(batch)
-                if schedule.at_end:
-                    return None
-                continue
-            if time.monotonic() > deadline:
-                waiting = [group.uid for group in schedule.window if not group.done]
-                raise StalledError(
-                    f"step {self._step + 1}: {len(waiting)} prompts did not come back within {self._spec.failure_policy.stall_timeout_seconds:.0f} s "
-                    f"(failurePolicy.stallTimeoutSeconds), the first: {', '.join(waiting[:5])}"
-                )
-            try:
-                async with asyncio.timeout(1.0):
-                    await self._group_ended.wait()
-            except TimeoutError:
-                continue
-
-    def _nothing_to_train(self, batch: Batch) -> None:
-        """A batch without a single group to train on: at the data's end, or since every prompt failed. Raises DataError."""
-        self._record(batch, step=self._step + 1)
-        self._parts.scorer.take_counts()
-        if batch.failed and not (self._parts.schedule.at_end and self._step > 0):
-            raise DataError(
-                f"step {self._step + 1}: none of its {len(batch.failed)} prompts could be trained on. "
-                f"The last one, {batch.failed[-1].uid}: {batch.failed[-1].failure}"
-            )
-
-    async def _update(self, batch: Batch, timer: Timer) -> tuple[Credited, dict[str, float]]:
-        spec, parts = self._spec, self._parts
-        experience = assemble(batch.ready, spec.actor.ppo_mini_batch_size)
-        reference = spec.algorithm.use_kl_in_reward or spec.actor.use_kl_loss
-        actor = not spec.algorithm.rollout_correction.bypass_mode
-        log_probs: LogProbsReply | None = None
-        with timer.part("old_log_prob"):
-            if actor or reference:
-                request = LogProbsRequest(batch=experience.wire(), actor=actor, reference=reference)
-                log_probs = await parts.trainer.call(request, LogProbsReply)
-        with timer.part("adv"):
-            credited = await asyncio.to_thread(
-                assign_credit,
-                experience,
-                log_probs,
-                spec.algorithm,
-                parts.estimator,
-                parts.kl_controller,
-                spec.data.max_response_length,
-            )
-        with timer.part("update_actor"):
-            reply = await parts.trainer.call(
-                UpdateRequest(step=self._step + 1, total_steps=self._total_steps, batch=credited.wire()), UpdateReply
-            )
-        self._step += 1
-        metrics = (
-            experience_metrics(credited, spec.data.max_response_length)
-            | (log_probs.metrics if log_probs else {})
-            | reply.metrics
-        )
-        return credited, metrics
-
-    async def _publish(self) -> SyncReport:
-        """The trainer's weights become version `step` and serve."""
+    async def _publish(self, timer: Timer, publish: str = "update_weights", wait: str = "update_weights") -> SyncReport:
+        """The trainer's weights become version `step` and serve. `publish`, `wait`: names of the timer's parts."""
         parts, spec = self._parts, self._spec
-        report = await parts.weights.publish(self._step)
-        # All of them before the first step of this life: an on-policy step is split over the engines in service. Later, those that live.
-        count = 1 if self._published else spec.rollout.min_replicas or spec.rollout.replicas
-        await self._unless_stopped(parts.weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds))
+        with timer.part(publish):
+            report = await parts.weights.publish(self._step)
+        with timer.part(wait):
+            # All of them before the first step of this life: an on-policy step is split over the engines in service. Later, those that live.
+            count = 1 if self._published else spec.rollout.min_replicas or spec.rollout.replicas
+            ready = parts.weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds)
+            await self._unless_stopped(ready)
         self._published = True
         return report
 
-    async def _validate(self, step: int) -> dict[str, float]:
-        parts = self._parts
+    async def _validate(self) -> dict[str, float]:
+        """Metrics of a validation after the present step; empty without one, or when a stop request breaks it off."""
+        parts, step = self._parts, self._step
         if parts.validation is None:
             return {}
         parts.progress.set("Validating", f"{parts.validation.prompts} prompts after step {step}")
@@ -273,120 +177,95 @@ class TrainingLoop:
         parts.emit(
             "info",
             "Validated",
-            f"Validation: accuracy {result.accuracy:.3f} on {parts.validation.prompts} prompts after step {step}",
+            f"Validation: {result.headline} on {parts.validation.prompts} prompts after step {step}",
         )
-        for group in result.groups[: self._spec.trainer.log_samples]:
-            for sample in group.samples:
-                parts.samples.write(step, _sample_record("validation", group, sample.text, sample.reward))
+        parts.log.validation(step, result.groups)
         return result.metrics
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, Result]) -> Result | None:
-        """The result of `work`; None when a stop request comes first. Nothing of the finished run's last step is broken off."""
-        if self._step >= self._total_steps:
-            return await work
-        tasks = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return tasks[0].result() if tasks[0].done() else None
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        """As `Halt.unless`; of a finished run nothing is broken off by a stop request."""
+        return await self._halt.unless(work, asked=self._step < self._parts.schedule.last_version)
 
-    async def _save(self) -> None:
-        parts = self._parts
-        parts.progress.set("Saving", f"step {self._step}")
-        await parts.saver.save(int(self._epoch()), self._step, self._state())
+    async def _save(self, state: RunState) -> None:
+        self._parts.progress.set("Saving", f"step {state.step}")
+        await self._parts.saver.save(state.epoch, state.step, asdict(state))
+
+    async def _save_before_the_end(self, error: Exception) -> None:
+        """Keep what the trainer has learned; what goes wrong with that is told, and `error` stays the reason of the end."""
+        parts, state = self._parts, self._unsaved
+        if state is None or isinstance(error, TrainerLost) or not getattr(error, "recoverable", True):
+            return
+        limit = self._spec.network.request_timeout_seconds
+        try:
+            if self._logged_step < state.step:
+                self._log_step()
+            async with asyncio.timeout(limit):
+                await self._save(state)
+                await parts.saver.finish(state.step)
+        except Exception as failure:
+            reason = str(failure) or f"not done within {limit:.0f} s (network.requestTimeoutSeconds)"
+            parts.emit(
+                "error", "CheckpointFailed", f"step {state.step} was not saved before the end of the run: {reason}"
+            )
 
     async def _end(self) -> None:
         """Save what the last save does not hold, and say how the run ended."""
-        parts = self._parts
-        ended_early = self._step < self._total_steps and not self._stop_reason
-        if self._stop_reason:
-            parts.progress.set("Stopping", self._stop_reason)
+        parts, step, asked = self._parts, self._step, self._halt.reason
+        ended_early = step < self._planned and not asked
+        if asked:
+            parts.progress.set("Stopping", asked)
         elif ended_early:
             parts.emit(
                 "warning",
                 "DataEnded",
-                f"the data ended after {self._step} of {self._total_steps} steps: prompts were filtered or failed",
+                f"the data ended after {step} of {self._planned} steps: prompts were filtered or failed",
             )
         await parts.saver.wait()
-        if self._step > 0:
-            await self._save()
-            await parts.saver.finish(self._step)
-        if ended_early and self._metrics and self._spec.trainer.test_freq > 0 and self._validated_step != self._step:
-            parts.loggers.log(self._step, self._metrics | await self._validate(self._step))
-        if self._stop_reason and self._step < self._total_steps:
-            raise YieldedError(f"stopped after step {self._step} of {self._total_steps} ({self._stop_reason})")
-        parts.progress.set("Succeeded", f"{self._step} steps")
-        parts.emit("info", "Succeeded", f"finished {self._step} steps")
-
-    def _feed(self) -> None:
-        """Admit what the schedule allows and send it out."""
-        parts, rollout = self._parts, self._spec.rollout
-        if self._stop_reason:
-            return
-        if admitted := parts.schedule.admit():
-            samples = len(admitted) * rollout.n
-            parts.emit(
-                "info",
-                "Rollout",
-                f"Rollout: generating {len(admitted)} prompts x {rollout.n} samples = {samples} trajectories",
+        if state := self._unsaved:
+            self._unsaved = None  # no second try when this one fails
+            await self._save(state)
+            await parts.saver.finish(step)
+        if ended_early and self._metrics and self._spec.trainer.test_freq > 0 and self._validated_step != step:
+            self._metrics |= await self._validate()
+            self._log_step()
+        if asked and step < parts.schedule.last_version:
+            raise YieldedError(f"stopped after step {step} of {parts.schedule.last_version} ({asked})")
+        if 0 < self._updates <= self._metrics.get("actor/skipped_updates", 0.0):
+            raise DataError(
+                f"none of the run's {self._updates} updates changed the weights (actor/skipped_updates), so it has learned nothing: "
+                f"{self._scores.verdict()}"
             )
-            self.dispatcher.submit(admitted, atomic=not self._overlapped)
+        parts.progress.set("Succeeded", f"{step} steps")
+        parts.emit("info", "Succeeded", f"finished {step} steps")
 
-    def _on_ended(self, group: Group) -> None:
-        self._group_ended.set()
-        if self._overlapped:
-            self._feed()
+    def _log_step(self) -> None:
+        self._logged_step = self._step
+        self._metrics["epoch"] = self._epoch()
+        self._parts.log.metrics(self._step, self._metrics)
 
-    def _record(self, batch: Batch, step: int | None = None) -> None:
-        """What became of a batch's prompts; those of a step that was not made stand under its number."""
-        named = {"trained": batch.ready, "filtered": batch.filtered, "failed": batch.failed}
-        self._parts.ledger.write(
-            self._step if step is None else step,
-            {key: [group.uid for group in groups] for key, groups in named.items()},
-        )
-        for group in batch.ready[:1]:
-            for sample in group.samples[: self._spec.trainer.log_samples]:
-                self._parts.samples.write(self._step, _sample_record("train", group, sample.text, sample.reward))
-
-    def _state(self) -> Mapping[str, Any]:
+    def _state(self) -> RunState:
         """What a resumed coordinator needs."""
-        schedule = self._parts.schedule
-        return {
-            "step": self._step,
-            "data": self._parts.dataset.state_dict(schedule.frontier),
-            "in_flight": [group.uid for group in schedule.window],  # generated again after a resume
-            "kl_controller": self._parts.kl_controller.state_dict(),
-        }
+        parts, schedule = self._parts, self._parts.schedule
+        return RunState(
+            epoch=int(self._epoch()),
+            step=self._step,
+            updates=self._updates,
+            model=parts.model,
+            data=parts.dataset.state_dict(schedule.frontier),
+            kl_controller=parts.learner.kl_controller.state_dict(),
+            in_flight=[group.uid for group in schedule.window],
+        )
 
     def _epoch(self) -> float:
         cursor = self._parts.schedule.frontier
         return cursor.epoch + cursor.position / self._parts.dataset.scan().kept
 
-    def _save_due(self) -> bool:
-        frequency = self._spec.checkpoint.save_freq
-        return frequency > 0 and self._step % frequency == 0
-
-    def _validation_due(self) -> bool:
-        frequency = self._spec.trainer.test_freq
-        return frequency > 0 and (self._step % frequency == 0 or self._step == self._total_steps)
+    def _due(self, frequency: int, *, at_the_end: bool = False) -> bool:
+        last = at_the_end and self._step == self._parts.schedule.last_version
+        return frequency > 0 and (self._step % frequency == 0 or last)
 
     def _gpus(self) -> int:
         """Devices of the job; trainer and engines may share them, which whoever placed them knows."""
         if placed := os.environ.get(DEVICE_COUNT):
             return int(placed)
         return self._spec.devices
-
-
-def _sample_record(kind: str, group: Group, text: str, reward: Any) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "uid": group.uid,
-        "prompt": group.prompt.text,
-        "response": text,
-        "ground_truth": group.prompt.ground_truth,
-        "score": reward.score if reward else None,
-        "accuracy": reward.accuracy if reward else None,
-    }

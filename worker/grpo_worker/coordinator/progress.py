@@ -78,15 +78,16 @@ class Progress:
         self._gauge_step.set(step)
         self._gauge_total.set(total_steps)
 
-    def stepped(self, step: int, epoch: float, metrics: Mapping[str, float], prompts: int) -> None:
-        """A step was finished."""
-        self.step, self.epoch = step, epoch
+    def stepped(self, step: int, total_steps: int, epoch: float, metrics: Mapping[str, float], prompts: int) -> None:
+        """A step was finished; `total_steps` as far as the prompts that are left tell."""
+        self.step, self.total_steps, self.epoch = step, total_steps, epoch
         self._metrics = dict(metrics)
         self._last_progress = time.time()
         if seconds := metrics.get("timing_s/step"):
             self._step_seconds = [*self._step_seconds[-19:], seconds]
             self._histogram.observe(seconds)
         self._gauge_step.set(step)
+        self._gauge_total.set(total_steps)
         self._gauge_epoch.set(epoch)
         self._gauge_time.set(self._last_progress)
         self._count_prompts.inc(prompts)

@@ -6,6 +6,8 @@ Invariants:
   or before (AReaL, arXiv 2505.24298, section 5.1).
 - Groups are consumed in the order of admission. So the first unconsumed group is the data frontier: everything before it has ended,
   nothing after it was trained on, and one cursor resumes the run without losing, repeating, or favouring short prompts.
+- How many steps are left follows from how many prompts are left, at any time: a resumed run plans as the unbroken one does, whatever the
+  batch size was before.
 """
 
 from collections import deque
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.data.dataset import Prompt
 from grpo_worker.data.order import Cursor
-from grpo_worker.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Schedule:
         max_staleness: int,
         max_gen_batches: int,
         version: int,
-        last_version: int,
+        prompts_left: int,
+        last_version: int | None = None,
     ) -> None:
         """
         Args:
@@ -47,7 +49,8 @@ class Schedule:
             batch_size: B, groups a step.
             max_gen_batches: bound of dynamic sampling, in batches of B admitted for one step.
             version: of the weights at the start (steps already trained).
-            last_version: of the weights that end the run; nothing is generated for a step beyond.
+            prompts_left: how many `prompts` has.
+            last_version: of the weights that end the run even if prompts are left; None: the prompts decide.
         """
         self._prompts = prompts
         self._batch_size = batch_size
@@ -55,16 +58,20 @@ class Schedule:
         self._max_gen_batches = max_gen_batches
         self._window: deque[Group] = deque()
         self._frontier = start
-        self._version = version
+        self.version = version  # of the weights that serve
         self._consumed = 0  # groups trained on since the start
         self._start_version = version
         self._admitted = 0
-        self._last_version = last_version
+        self.prompts_left = prompts_left  # not consumed
+        self._steps = version  # the one that is being trained included
+        self._limit = last_version
         self._exhausted = False
 
     @property
-    def version(self) -> int:
-        return self._version
+    def last_version(self) -> int:
+        """Of the weights that end the run; nothing is generated for a step beyond. The last prompts, too few for a batch, are left out."""
+        planned = self._steps + self.prompts_left // self._batch_size
+        return planned if self._limit is None else max(min(planned, self._limit), self.version)
 
     @property
     def window(self) -> tuple[Group, ...]:
@@ -81,7 +88,7 @@ class Schedule:
         if self._exhausted:
             return 0
         useful = sum(group.state not in (GroupState.FILTERED, GroupState.FAILED) for group in self._window)
-        newest = min(self._version + self._max_staleness + 1, self._last_version)
+        newest = min(self.version + self._max_staleness + 1, self.last_version)
         allowed = (newest - self._start_version) * self._batch_size
         room = allowed - self._consumed - useful
         if self._max_staleness == 0:
@@ -124,7 +131,7 @@ class Schedule:
 
         Admission makes this impossible for an engine that serves the version it reports; it is checked all the same.
         """
-        oldest_allowed = self._version - self._max_staleness
+        oldest_allowed = self.version - self._max_staleness
         stale = [
             group for group in self._window if group.state is GroupState.READY and group.oldest_version < oldest_allowed
         ]
@@ -133,10 +140,7 @@ class Schedule:
         return stale
 
     def take(self) -> Batch:
-        """Consume the next step's groups.
-
-        Raises DataError when dynamic sampling reached its bound with nothing to train on.
-        """
+        """Consume the next step's groups; none of them is ready when every prompt failed, or dynamic sampling left all out."""
         batch = Batch([], [], [])
         while self._window and len(batch.ready) < self._batch_size:
             group = self._window[0]
@@ -144,24 +148,21 @@ class Schedule:
                 break
             self._window.popleft()
             self._frontier = group.prompt.next_cursor
+            self.prompts_left -= 1
             ended = {
                 GroupState.READY: batch.ready,
                 GroupState.FILTERED: batch.filtered,
                 GroupState.FAILED: batch.failed,
             }
             ended[group.state].append(group)
-        if not batch.ready and batch.filtered and not self._exhausted:
-            raise DataError(
-                f"algorithm.filterGroups: within each of {len(batch.filtered)} groups all samples scored the same, so there is nothing to "
-                "learn from. Look at samples.jsonl: is the reward function right? Are the prompts all too hard or too easy?"
-            )
         self._consumed += len(batch.ready)
+        self._steps += bool(batch.ready)
         return batch
 
     def trained(self, version: int) -> None:
         """The engines serve `version` now."""
         # A step that trained on fewer groups than B (dynamic sampling at its bound) must not leave room behind.
-        self._version = version
+        self.version = self._steps = version
         self._consumed = (version - self._start_version) * self._batch_size
 
     @property

@@ -5,9 +5,11 @@ samples left to compare is a failed group.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +21,50 @@ from grpo_worker.rewards.pool import RewardOutcome, RewardPool
 
 
 @dataclass
+class ScoreRange:
+    """Lowest and highest score of so many samples: what there is to say when nothing could be learned from them."""
+
+    samples: int = 0
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+    def add(self, groups: Iterable[Group]) -> Self:
+        scores = [sample.reward.score for group in groups for sample in group.samples if sample.reward]
+        self.samples += len(scores)
+        self.lowest, self.highest = min([self.lowest, *scores]), max([self.highest, *scores])
+        return self
+
+    def verdict(self) -> str:
+        """The scores in words, and what to look at."""
+        if self.lowest < self.highest:
+            return (
+                f"the {self.samples} samples scored from {self.lowest:g} to {self.highest:g}, but those of one prompt always the same. "
+                "Take prompts that the model solves now and then, or raise rollout.n."
+            )
+        all_scored = f"all {self.samples} samples scored {self.lowest:g}"
+        if self.lowest == 0:
+            return (
+                f"{all_scored}. Is the reward function right? samples.jsonl shows what it was given. If it is, the prompts are too hard "
+                "for this model, or the responses too short for an answer (data.maxResponseLength)."
+            )
+        if self.lowest == 1:
+            return f"{all_scored}. The prompts are too easy for this model: take harder ones."
+        return f"{all_scored}. Does the reward function look at the response? samples.jsonl shows what it was given."
+
+
+def nothing_to_train(step: int, filtered: Sequence[Group], failed: Sequence[Group]) -> DataError:
+    """Why a step has no group to train on."""
+    if filtered:
+        return DataError(
+            f"algorithm.filterGroups: step {step}: within each of {len(filtered)} groups all samples scored the same, so there is nothing "
+            f"to learn from: {ScoreRange().add(filtered).verdict()}"
+        )
+    return DataError(
+        f"step {step}: none of its {len(failed)} prompts could be trained on. The last one, {failed[-1].uid}: {failed[-1].failure}"
+    )
+
+
+@dataclass
 class FailureCount:
     """Samples of the current step that were tried and that failed."""
 
@@ -26,6 +72,9 @@ class FailureCount:
     failed: int = 0
     last_message: str = ""
     kinds: dict[str, int] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        return {"reward/failures": float(self.failed), **{f"reward/{kind}": float(n) for kind, n in self.kinds.items()}}
 
 
 class Scorer:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from grpo_worker.config.rollout import ValidationSampling
 from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.coordinator.scoring import FailureCount, Scorer
@@ -15,7 +16,8 @@ from grpo_worker.data.dataset import Prompt
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import Sampling
 
-MakeDispatcher = Callable[[DispatchOptions, Callable[[Group], None]], RolloutDispatcher]
+OnDone = Callable[[Group], None]
+MakeDispatcher = Callable[[DispatchOptions, OnDone], RolloutDispatcher]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class ValidationResult:
     groups: list[Group]
 
     @property
-    def accuracy(self) -> float:
-        return self.metrics["val/accuracy/pass@1"]
+    def headline(self) -> str:
+        """The greedy answers in two words: their accuracy, or their score where the reward function gives no accuracy."""
+        kind = "accuracy" if "val/accuracy/pass@1" in self.metrics else "score"
+        return f"{kind} {self.metrics[f'val/{kind}/pass@1']:.3f}"
 
 
 class Validation:
@@ -37,23 +41,23 @@ class Validation:
         self,
         prompts: list[Prompt],
         options: DispatchOptions,
-        samples: int,
-        temperature: float,
-        top_p: float,
+        sampled: ValidationSampling,
         *,
         atomic: bool,
     ) -> None:
         """
         Args:
             options: of the training requests; sampling, seed and purpose are replaced.
-            samples: k of mean@k; 1 leaves it out.
+            sampled: of mean@n; n = 1 leaves it out.
             atomic: the engines are idle meanwhile, so make the results independent of timing.
         """
         greedy = replace_sampling(options.sampling, n=1, temperature=0.0, top_p=1.0)
         self._passes = [replace(options, sampling=greedy, purpose="validation-greedy", seed=None)]
-        if samples > 1:
-            sampled = replace_sampling(options.sampling, n=samples, temperature=temperature, top_p=top_p)
-            self._passes.append(replace(options, sampling=sampled, purpose="validation-sampled"))
+        if sampled.n > 1:
+            sampling = replace_sampling(
+                options.sampling, n=sampled.n, temperature=sampled.temperature, top_p=sampled.top_p
+            )
+            self._passes.append(replace(options, sampling=sampling, purpose="validation-sampled"))
         self._prompts = prompts
         self._atomic = atomic
 
@@ -76,9 +80,10 @@ class Validation:
                     f"validation: none of {len(groups)} prompts could be answered and scored. The last failure: {failure}"
                 )
             name = "pass@1" if options.sampling.n == 1 else f"mean@{options.sampling.n}"
-            accuracies, scores = zip(*per_prompt, strict=True)
-            metrics[f"val/accuracy/{name}"] = sum(accuracies) / len(accuracies)
-            metrics[f"val/score/{name}"] = sum(scores) / len(scores)
+            accuracies = [accuracy for accuracy, _ in per_prompt if accuracy is not None]
+            if accuracies:
+                metrics[f"val/accuracy/{name}"] = sum(accuracies) / len(accuracies)
+            metrics[f"val/score/{name}"] = sum(score for _, score in per_prompt) / len(per_prompt)
             if options.sampling.n == 1:
                 greedy = groups
                 lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
@@ -106,8 +111,8 @@ def replace_sampling(sampling: Sampling, *, n: int, temperature: float, top_p: f
     )
 
 
-def _mean(group: Group) -> tuple[float, float]:
-    """Mean accuracy (the score, where the reward function gives no accuracy) and mean score of a group."""
+def _mean(group: Group) -> tuple[float | None, float]:
+    """Mean accuracy of a group, None where the reward function gives none, and mean score."""
     rewards = [sample.reward for sample in group.samples if sample.reward is not None]
-    accuracies = [reward.score if reward.accuracy is None else reward.accuracy for reward in rewards]
-    return sum(accuracies) / len(rewards), sum(reward.score for reward in rewards) / len(rewards)
+    accuracies = [reward.accuracy for reward in rewards if reward.accuracy is not None]
+    return sum(accuracies) / len(accuracies) if accuracies else None, sum(r.score for r in rewards) / len(rewards)

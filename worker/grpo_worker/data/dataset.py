@@ -135,6 +135,11 @@ class BlockDataset:
             )
         return self._iterate(at)
 
+    def prompts_left(self, cursor: Cursor) -> int:
+        """From the cursor on, over all epochs."""
+        kept = self.scan().kept
+        return max(0, (self.options.total_epochs - cursor.epoch) * kept - cursor.position)
+
     def state_dict(self, cursor: Cursor) -> dict[str, Any]:
         """The cursor and what the data was, as JSON values."""
         return {"version": STATE_VERSION, "cursor": asdict(cursor), "fingerprint": self.fingerprint()}
@@ -177,6 +182,7 @@ class BlockDataset:
             "shuffle": self.options.shuffle,
             "kept": report.kept,
             "kept_crc32": kept_crc32,
+            "max_prompt_tokens": self._encoder.max_prompt_tokens,
         }
 
     def _iterate(self, cursor: Cursor) -> Iterator[Prompt]:
@@ -267,11 +273,12 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
             changes.append(f"{name} was {saved[key]} and is {current[key]}")
     if changes:
         return changes
-    if saved["kept"] != current["kept"]:
-        return [
-            f"{saved['kept']} prompts were within the length limit and {current['kept']} are "
-            "(the limit, the chat template or the tokenizer changed)"
-        ]
     if saved["kept_crc32"] != current["kept_crc32"]:
-        return ["other prompts than before are within the length limit (the chat template or the tokenizer changed)"]
+        limits = [fingerprint.get("max_prompt_tokens") for fingerprint in (saved, current)]
+        cause = "the chat template or the tokenizer changed"
+        if limits[0] != limits[1]:
+            cause = f"data.maxPromptLength was {limits[0]} and is {limits[1]}"
+        return [
+            f"other prompts than before are within the length limit, {saved['kept']} then and {current['kept']} now ({cause})"
+        ]
     return ["its row groups changed"] if saved["row_groups"] != current["row_groups"] else []

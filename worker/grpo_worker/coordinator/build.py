@@ -1,0 +1,247 @@
+"""From the document to the parts of the training loop.
+
+Invariant: everything that can be checked without a GPU (disk, functions, data, tokenizer) is checked before the trainer is asked for
+anything; what was opened is closed when the caller's stack unwinds.
+"""
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+
+from grpo_worker.algorithms import ESTIMATORS, AdvantageEstimator, make_kl_controller
+from grpo_worker.config import GRPOJob, Spec, resolved_document
+from grpo_worker.config.actor import check_decay
+from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup
+from grpo_worker.coordinator.agents.load import load_agent
+from grpo_worker.coordinator.agents.thread import AgentRuntime
+from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions, RolloutDispatcher
+from grpo_worker.coordinator.engine_client import EngineClient
+from grpo_worker.coordinator.learner import Learner
+from grpo_worker.coordinator.loop import Parts, TrainingLoop
+from grpo_worker.coordinator.members import Members
+from grpo_worker.coordinator.progress import Progress
+from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
+from grpo_worker.coordinator.records import StepRecords
+from grpo_worker.coordinator.run_log import RunLog
+from grpo_worker.coordinator.run_state import check_same_model, describe_model
+from grpo_worker.coordinator.saver import Saver
+from grpo_worker.coordinator.schedule import Schedule
+from grpo_worker.coordinator.scoring import Scorer
+from grpo_worker.coordinator.timing import StartupTimer
+from grpo_worker.coordinator.trainer_client import TrainerClient
+from grpo_worker.coordinator.validation import MakeDispatcher, OnDone, Validation
+from grpo_worker.coordinator.weight_sync import WeightSync
+from grpo_worker.data.dataset import BlockDataset, Prompt
+from grpo_worker.data.order import Cursor
+from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
+from grpo_worker.environment import RESUME
+from grpo_worker.functions import load_function
+from grpo_worker.metric_loggers import EventLog, open_loggers
+from grpo_worker.model_files import parameter_count
+from grpo_worker.protocol.messages import Sampling
+from grpo_worker.rewards.pool import RewardPool
+from grpo_worker.run_directory import RunDirectory
+
+# float32 master weights and two moments, and a copy of at most float32 in `actor/`.
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+
+
+@dataclass
+class Outside:
+    """What the loop finds around it: the other processes of the job, and where the run is told of."""
+
+    engines: EngineClient
+    members: Members
+    trainer: TrainerClient
+    weights: WeightSync
+    directory: RunDirectory
+    events: EventLog
+    progress: Progress
+
+
+async def build(
+    job: GRPOJob, outside: Outside, stack: contextlib.AsyncExitStack, startup: StartupTimer
+) -> TrainingLoop:
+    """All parts of the loop, cheap checks first. Raises GRPOErrors."""
+    spec, events, progress = job.spec, outside.events, outside.progress
+    saver = Saver(
+        outside.directory.checkpoints(spec.checkpoint.path),
+        spec.checkpoint.keep_last,
+        outside.trainer,
+        events.emit,
+        progress.saved,
+        progress.kept,
+    )
+    saver.prepare((parameter_count(spec.model.path) or 0) * CHECKPOINT_BYTES_PER_PARAMETER)
+    estimator = _estimator(spec.algorithm.advantage_estimator)
+    agent = load_agent(spec.rollout.agent, spec.rollout.agent_options) if spec.rollout.agent else None
+    progress.set("Starting", "reading the data")
+    with startup.part("data"):
+        tokenizer, data, validation_prompts = await asyncio.to_thread(_open_data, spec, events)
+    _check_decay(spec, data)
+    with startup.part("rewards"):
+        scorer = await _start_scorer(spec, tokenizer, stack)
+    make_dispatcher = _dispatchers(outside, None)
+    if agent is not None and spec.rollout.agent is not None:
+        runtime = await asyncio.to_thread(AgentRuntime, tokenizer.tokenizer)
+        stack.callback(runtime.close)
+        limit = spec.rollout.context_tokens(spec.data.max_prompt_length, spec.data.max_response_length)
+        make_dispatcher = _dispatchers(outside, AgentSetup(spec.rollout.agent, agent, runtime, limit))
+
+    progress.set("Starting", "waiting for the trainer")
+    with startup.part("trainer"):
+        await outside.trainer.connect(spec.failure_policy.startup_timeout_seconds)
+    kl = spec.algorithm.kl_ctrl
+    kl_controller = make_kl_controller(kl.type, kl.kl_coef, horizon=kl.horizon, target_kl=kl.target_kl)
+    learner = Learner(spec, outside.trainer, estimator, kl_controller)
+    model = describe_model(spec.model.path, spec.model.revision)
+    step, updates, cursor = 0, 0, Cursor()
+    with startup.part("resume"):
+        resumed = await saver.resume(os.environ.get(RESUME) or spec.checkpoint.resume)
+    if resumed is not None:
+        point, state = resumed
+        check_same_model(state.get("model", model), model)
+        step, cursor = point.step, data.restore(state["data"])
+        updates = state.get("updates", step * spec.actor.updates_per_step(spec.data.train_batch_size))
+        kl_controller.load_state_dict(state["kl_controller"])
+        if saver.last is not None:
+            progress.saved(saver.last)
+        events.emit("info", "Resumed", f"Resuming from {point.path.name} at step {step}")
+    schedule = _schedule(spec, data, cursor, step)
+    log = _open_log(job, outside, keep=step if step > 0 else -1, total_steps=schedule.last_version)
+    stack.callback(log.close)
+    progress.set("Starting", "waiting for the rollout servers")
+    options = _dispatch_options(spec, tokenizer)
+    parts = Parts(
+        dataset=data,
+        model=model,
+        schedule=schedule,
+        make_dispatcher=make_dispatcher,
+        dispatch_options=options,
+        scorer=scorer,
+        learner=learner,
+        weights=outside.weights,
+        saver=saver,
+        validation=Validation(
+            validation_prompts, options, spec.rollout.validation, atomic=spec.rollout.max_staleness == 0
+        )
+        if validation_prompts
+        else None,
+        log=log,
+        progress=progress,
+        emit=events.emit,
+        startup=startup,
+    )
+    return TrainingLoop(spec, parts, updates)
+
+
+def _estimator(name: str) -> AdvantageEstimator:
+    return ESTIMATORS[name] if name in ESTIMATORS else load_function(name, "algorithm.advantageEstimator")
+
+
+def _open_data(spec: Spec, events: EventLog) -> tuple[TokenizerInfo, BlockDataset, list[Prompt]]:
+    """Read and tokenise everything once. Raises DataError."""
+    tokenizer = load_tokenizer(spec.model.path, spec.model.revision)
+    for note in tokenizer.notes:
+        events.emit("warning", "Tokenizer", note)
+    data = open_training_data(spec, tokenizer.tokenizer)
+    report = data.scan()
+    events.emit(
+        "info",
+        "DataLoaded",
+        f"Data: {report.kept} prompts, {report.dropped_overlong} over data.maxPromptLength left out",
+    )
+    return tokenizer, data, open_validation_prompts(spec, tokenizer.tokenizer)
+
+
+def _check_decay(spec: Spec, data: BlockDataset) -> None:
+    """Raises ConfigError when the learning rate could not decay even in a run from the start."""
+    steps = _schedule(spec, data, Cursor(), 0).last_version
+    updates = steps * spec.actor.updates_per_step(spec.data.train_batch_size)
+    check_decay(spec.actor.optim.lr_scheduler, spec.actor.optim.lr_warmup_steps, updates)
+
+
+async def _start_scorer(spec: Spec, tokenizer: TokenizerInfo, stack: contextlib.AsyncExitStack) -> Scorer:
+    reward, dynamic = spec.reward, spec.algorithm.filter_groups
+    pool = RewardPool(
+        reward.function,
+        dict(reward.options),
+        reward.workers,
+        reward.timeout_seconds,
+        spec.failure_policy.startup_timeout_seconds,
+    )
+    await stack.enter_async_context(pool)
+    scorer = Scorer(
+        pool,
+        tokenizer.tokenizer,
+        minimum_samples=min(2, spec.rollout.n),
+        filter_metric=dynamic.metric if dynamic.enable else None,
+        max_failure_ratio=reward.max_failure_ratio,
+    )
+    stack.push_async_callback(scorer.close)
+    return scorer
+
+
+def _schedule(spec: Spec, data: BlockDataset, cursor: Cursor, step: int) -> Schedule:
+    dynamic = spec.algorithm.filter_groups
+    return Schedule(
+        data.iterate(cursor),
+        cursor,
+        batch_size=spec.data.train_batch_size,
+        max_staleness=spec.rollout.max_staleness,
+        max_gen_batches=dynamic.max_num_gen_batches if dynamic.enable else 1,
+        version=step,
+        prompts_left=data.prompts_left(cursor),
+        last_version=spec.trainer.total_steps,
+    )
+
+
+def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) -> RunLog:
+    """`keep`: the step after which earlier records are cut off; -1: all of them."""
+    trainer, directory = job.spec.trainer, outside.directory
+    loggers = open_loggers(
+        trainer.loggers,
+        directory.root,
+        trainer.project_name,
+        trainer.experiment_name or job.name,
+        resolved_document(job),
+        keep,
+        total_steps=total_steps,
+        events=outside.events,
+    )
+    return RunLog(
+        loggers, StepRecords(directory.ledger, keep), StepRecords(directory.samples, keep), trainer.log_samples
+    )
+
+
+def _dispatchers(outside: Outside, setup: AgentSetup | None) -> MakeDispatcher:
+    """How dispatchers are made: for single turns, or for agents."""
+    engines, members, weights, emit = outside.engines, outside.members, outside.weights, outside.events.emit
+
+    def make(options: DispatchOptions, on_done: OnDone) -> RolloutDispatcher:
+        if setup is None:
+            return Dispatcher(engines, members, weights, emit, options, on_done)
+        return AgentDispatcher(engines, members, weights, emit, options, setup, on_done)
+
+    return make
+
+
+def _dispatch_options(spec: Spec, tokenizer: TokenizerInfo) -> DispatchOptions:
+    rollout = spec.rollout
+    return DispatchOptions(
+        sampling=Sampling(
+            n=rollout.n,
+            max_tokens=spec.data.max_response_length,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=list(tokenizer.eos_ids),
+        ),
+        purpose="train",
+        seed=rollout.seed if rollout.seed_per_request else None,
+        deadline_seconds=rollout.request_timeout_seconds,
+        max_attempts=rollout.max_attempts,
+        max_num_seqs=rollout.max_num_seqs,
+        no_engine_timeout_seconds=spec.failure_policy.startup_timeout_seconds,
+    )

@@ -1,0 +1,56 @@
+"""What a run writes down of each step: ledger, samples and metrics.
+
+Invariant: a prompt stands in the ledger once the trainer has learned from it, and not before.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo_worker.coordinator.groups import Group, Sample
+from grpo_worker.coordinator.records import StepRecords
+from grpo_worker.coordinator.schedule import Batch
+from grpo_worker.metric_loggers import MetricLoggers
+
+
+class RunLog:
+    """One call an occasion; `metrics` may be written again for the same step."""
+
+    def __init__(self, loggers: MetricLoggers, ledger: StepRecords, samples: StepRecords, samples_kept: int) -> None:
+        """`samples_kept`: completions of each step and each validation."""
+        self._loggers = loggers
+        self._ledger = ledger
+        self._samples = samples
+        self._samples_kept = samples_kept
+
+    def batch(self, step: int, batch: Batch) -> None:
+        """What became of the prompts of a step, and the samples of one of them."""
+        named = {"trained": batch.ready, "filtered": batch.filtered, "failed": batch.failed}
+        self._ledger.write(step, {key: [group.uid for group in groups] for key, groups in named.items()})
+        for group in [*batch.ready, *batch.filtered][:1]:
+            for sample in group.samples[: self._samples_kept]:
+                self._write("train", step, group, sample)
+
+    def validation(self, step: int, groups: Sequence[Group]) -> None:
+        for group in groups[: self._samples_kept]:
+            for sample in group.samples:
+                self._write("validation", step, group, sample)
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises ConfigError when the disk is full."""
+        self._loggers.log(step, metrics)
+
+    def close(self) -> None:
+        for each in (self._loggers, self._ledger, self._samples):
+            each.close()
+
+    def _write(self, kind: str, step: int, group: Group, sample: Sample) -> None:
+        record: dict[str, Any] = {
+            "kind": kind,
+            "uid": group.uid,
+            "prompt": group.prompt.text,
+            "response": sample.text,
+            "ground_truth": group.prompt.ground_truth,
+            "score": sample.reward.score if sample.reward else None,
+            "accuracy": sample.reward.accuracy if sample.reward else None,
+        }
+        self._samples.write(step, record)
