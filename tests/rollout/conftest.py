@@ -11,10 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "weightsync"))  # its cutting proxy
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from replica_helpers import CONTEXT, TOKEN, Loop, Replica, Trainer, tiny_model
+from replica_helpers import CONTEXT, TOKEN, Loop, Replica, Trainer, engine_options, tiny_model
 
 from grpo_worker.rollout.engine import RolloutEngine
-from grpo_worker.rollout.options import EngineOptions
 from grpo_worker.rollout.server import RolloutServer, listen
 
 
@@ -45,9 +44,7 @@ def replica(model_directory: Path) -> Iterator[Replica]:
     loop = Loop()
 
     async def start() -> tuple[RolloutEngine, int]:
-        engine = RolloutEngine(
-            EngineOptions(model_path=str(model_directory), max_model_len=CONTEXT, max_num_seqs=64, token=TOKEN)
-        )
+        engine = RolloutEngine(engine_options(str(model_directory), CONTEXT, max_num_seqs=64))
         await engine.start()
         server = RolloutServer(engine, token=TOKEN, unready_reason=lambda: "")
         server.started = True

@@ -10,6 +10,8 @@ import aiohttp
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from grpo_worker.config.actor import Model
+from grpo_worker.config.rollout import Rollout
 from grpo_worker.protocol import auth, codec
 from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
@@ -24,6 +26,7 @@ from grpo_worker.protocol.messages import (
     StoreSource,
 )  # fmt: skip
 from grpo_worker.rollout.engine import RolloutEngine
+from grpo_worker.rollout.options import EngineOptions
 from grpo_worker.weightsync.manifest import Manifest, TensorSpec
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore, dtype_name
@@ -43,6 +46,11 @@ def tiny_model(seed: int) -> Qwen3ForCausalLM:
         pad_token_id=0,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).float().eval()
+
+
+def engine_options(model: str, max_model_len: int, **rollout: Any) -> EngineOptions:
+    """Of an engine with these fields of `spec.rollout`, by their Python names."""
+    return EngineOptions(Model(path=model), Rollout().model_copy(update=rollout), max_model_len, token=TOKEN)
 
 
 class Trainer:

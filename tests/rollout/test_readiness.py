@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from replica_helpers import engine_options
 
 from grpo_worker.errors import ConfigError, DataError, DeviceError
 from grpo_worker.protocol.messages import HeartbeatReply, VersionSpan
 from grpo_worker.rollout.heartbeat import unready_reason
-from grpo_worker.rollout.options import EngineOptions, engine_environment, resolve_model, startup_error
+from grpo_worker.rollout.options import engine_environment, resolve_model, startup_error
 from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack, version_of_tag
 
 
@@ -63,7 +64,7 @@ def test_version_labels_of_the_engine_are_numbers() -> None:
     assert (version_of_tag("17"), version_of_tag("default")) == (17, INITIAL_VERSION)
 
 
-OPTIONS = EngineOptions(model_path="m", max_model_len=4096)
+OPTIONS = engine_options("m", 4096)
 KV_CACHE = (
     "Traceback ...\nValueError: To serve at least one request with the model's max seq len (4096), (2.0 GiB KV cache is needed, which "
     "is larger than the available KV cache memory (1.0 GiB). Try decreasing `max_model_len`.\n"
@@ -110,7 +111,7 @@ def test_a_model_that_is_not_there_names_the_field(tmp_path: Path) -> None:
 
 def test_the_worker_shares_the_engines_process_only_on_cpu_without_tensor_parallelism() -> None:
     def variables(size: int, on_gpu: bool) -> dict[str, str]:
-        options = EngineOptions(model_path="m", max_model_len=1, tensor_parallel_size=size, cpu_kv_cache_gib=3)
+        options = engine_options("m", 1, tensor_parallel_size=size, cpu_kv_cache_gib=3)
         return engine_environment(options, on_gpu, Path("log.json"))
 
     assert variables(1, False)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

@@ -1,9 +1,12 @@
 """What a replica takes from the job and from its environment."""
 
+from pathlib import Path
+
 import pytest
 
 from grpo_worker.config.load import job_from_document
 from grpo_worker.rollout.main import options_of
+from grpo_worker.rollout.options import engine_arguments
 
 DOCUMENT = {
     "apiVersion": "grpo.dev/v1alpha1",
@@ -22,20 +25,18 @@ def test_options_come_from_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPO_ADVERTISED_HOST", "10.0.0.2")
     monkeypatch.setenv("GRPO_JOB_TOKEN", "secret")
     engine, replica = options_of(job_from_document(DOCUMENT), 2)
-    assert (engine.model_path, engine.max_model_len, engine.pull_streams, engine.token) == (
-        "models/tiny",
-        128,
-        7,
-        "secret",
-    )
+    arguments = engine_arguments(engine, Path("resolved"), on_gpu=False)
+    assert (arguments["model"], arguments["max_model_len"], arguments["dtype"]) == ("resolved", 128, "float32")
+    assert (engine.network.weight_sync_streams, engine.token) == (7, "secret")
     assert (replica.name, replica.port, replica.advertised_host) == ("rollout-2", 9002, "10.0.0.2")
-    assert (replica.coordinator_url, replica.heartbeat_seconds) == ("http://10.0.0.1:8000", 0.5)
+    assert (replica.coordinator_url, replica.token) == ("http://10.0.0.1:8000", "secret")
 
 
-def test_an_engine_argument_sets_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_argument_sets_the_context() -> None:
     spec = {**DOCUMENT["spec"], "rollout": {"engineArgs": {"max_model_len": 64, "swap_space": 1}}}  # type: ignore[dict-item]
     engine, _ = options_of(job_from_document({**DOCUMENT, "spec": spec}), 0)
-    assert (engine.max_model_len, engine.engine_args) == (64, {"swap_space": 1})
+    arguments = engine_arguments(engine, Path("resolved"), on_gpu=True)
+    assert (engine.max_model_len, arguments["max_model_len"], arguments["swap_space"]) == (64, 64, 1)
 
 
 def test_in_a_pod_the_port_is_the_same_for_every_replica(monkeypatch: pytest.MonkeyPatch) -> None:

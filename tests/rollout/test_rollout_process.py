@@ -10,33 +10,16 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import web
 from replica_helpers import TOKEN, Loop, Replica, Trainer, request_of, weights
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from grpo_worker.environment import COORDINATOR_URL, JOB_TOKEN, TERMINATION_LOG
 from grpo_worker.protocol import auth, codec
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 from grpo_worker.rollout.server import listen
-
-PROGRAM = """
-import json, logging, sys
-from grpo_worker.errors import GRPOError
-logging.basicConfig(level=logging.INFO)
-from grpo_worker.rollout.main import ReplicaOptions, serve
-from grpo_worker.rollout.options import EngineOptions
-import asyncio
-
-if __name__ == "__main__":
-    engine, replica = json.loads(sys.argv[1])
-    try:
-        asyncio.run(serve(EngineOptions(**engine), ReplicaOptions(**replica)))
-    except GRPOError as error:
-        print(json.dumps({"reason": error.reason, "message": str(error)}), flush=True)
-        sys.exit(error.exit_code)
-"""
 
 
 class Coordinator:
@@ -55,7 +38,7 @@ class Coordinator:
         return web.Response(body=codec.encode(self.reply))
 
     def wait(
-        self, condition: Callable[[Heartbeat], bool], process: subprocess.Popen[str], seconds: float = 300
+        self, condition: Callable[[Heartbeat], bool], process: subprocess.Popen[bytes], seconds: float = 300
     ) -> Heartbeat:
         """The first heartbeat from now on that meets the condition."""
 
@@ -75,21 +58,35 @@ class Coordinator:
         self.loop.run(self._runner.cleanup())
 
 
-def start(tmp_path: Path, model: Path, coordinator_port: int, *, port: int = 0, **engine: Any) -> subprocess.Popen[str]:
-    options = {"model_path": str(model), "max_model_len": 256, "token": TOKEN, **engine}
-    replica = {
-        "name": "rollout-0", "host": "127.0.0.1", "port": port, "coordinator_url": f"http://127.0.0.1:{coordinator_port}", "token": TOKEN,
-        "heartbeat_seconds": 0.1,
-    }  # fmt: skip
-    program = tmp_path / "replica.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, str(program), json.dumps([options, replica])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def start(
+    tmp_path: Path, model: Path, coordinator_port: int, *, port: int = 0, context: int = 256
+) -> subprocess.Popen[bytes]:
+    document = {
+        "apiVersion": "grpo.dev/v1alpha1",
+        "kind": "GRPOJob",
+        "metadata": {"name": "job"},
+        "spec": {
+            "model": {"path": str(model)},
+            "data": {"trainFiles": ["t"], "maxPromptLength": context // 2, "maxResponseLength": context // 2},
+            "network": {"heartbeatSeconds": 0.1, "rolloutPort": port},
+        },
+    }
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps(document))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        JOB_TOKEN: TOKEN,
+        COORDINATOR_URL: f"http://127.0.0.1:{coordinator_port}",
+        TERMINATION_LOG: str(tmp_path / "termination"),
+    }
+    command = [sys.executable, "-m", "grpo_worker.entrypoint", "rollout", "--job", str(job)]
+    return subprocess.Popen(command, env=environment)
 
 
-def last_word(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, dict[str, str]]:
-    output, _ = process.communicate(timeout=seconds)
-    return process.returncode, json.loads(output.splitlines()[-1]) if output.strip() else {}
+def last_word(tmp_path: Path, process: "subprocess.Popen[bytes]", seconds: float = 300) -> tuple[int, dict[str, str]]:
+    process.wait(seconds)
+    return process.returncode, json.loads((tmp_path / "termination").read_text())
 
 
 def test_a_replica_lives_from_starting_to_its_engines_death(
@@ -127,7 +124,7 @@ def test_a_replica_lives_from_starting_to_its_engines_death(
 
             (engine_process,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1:]
             os.kill(int(engine_process), signal.SIGKILL)
-            code, word = last_word(process)
+            code, word = last_word(tmp_path, process)
             assert code == 85
             assert word["reason"] == "EngineDead"
         finally:
@@ -157,7 +154,7 @@ def test_a_replica_that_is_told_to_stop_ends_with_0_even_while_it_loads(
                 process.send_signal(signal.SIGTERM)
             else:
                 coordinator.reply = HeartbeatReply(incarnation="one", policy_version=None, max_staleness=0, stop=True)
-            assert last_word(process, 30) == (0, {})
+            assert last_word(tmp_path, process, 30) == (0, {"reason": "Completed", "message": ""})
             leaving = coordinator.beats[-1]
             told = ("failed", "rollout-0") if how == "signal" else ("starting", "")
             assert (leaving.state, leaving.terminating) == told  # the coordinator does not wait for its silence
@@ -168,7 +165,7 @@ def test_a_replica_that_is_told_to_stop_ends_with_0_even_while_it_loads(
 def test_a_port_in_use_ends_the_process_before_the_model_is_loaded(tmp_path: Path, model_directory: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        code, word = last_word(start(tmp_path, model_directory, 1, port=port))
+        code, word = last_word(tmp_path, start(tmp_path, model_directory, 1, port=port))
     assert (code, word["reason"]) == (78, "InvalidConfiguration")
     assert f"network.rolloutPort: port {port} of 127.0.0.1 is in use" in word["message"]
 
@@ -180,7 +177,7 @@ def test_too_little_memory_for_one_sequence_is_told_with_vllms_numbers(tmp_path:
         head_dim=128, max_position_embeddings=16384, eos_token_id=1, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "wide")
-    code, word = last_word(start(tmp_path, tmp_path / "wide", 1, max_model_len=16384))
+    code, word = last_word(tmp_path, start(tmp_path, tmp_path / "wide", 1, context=16384))
     assert (code, word["reason"]) == (78, "InvalidConfiguration")
     for part in (
         "GiB KV cache is needed",

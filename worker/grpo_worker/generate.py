@@ -84,6 +84,8 @@ def generate(
         raise UsageError("no prompt: give --prompt or --prompts-file.")
     model = find_model(Path(checkpoint))
 
+    from grpo_worker.config.actor import Model
+    from grpo_worker.config.rollout import Rollout
     from grpo_worker.data.tokenizer import load_tokenizer
     from grpo_worker.protocol.messages import Array, GenerateRequest, PromptRequest, Sampling
     from grpo_worker.rollout.options import EngineOptions
@@ -109,13 +111,14 @@ def generate(
         ),
         deadline_seconds=timeout_seconds,
     )
-    options = EngineOptions(
-        model_path=str(model),
-        max_model_len=max(map(len, token_ids)) + max_tokens,
-        tensor_parallel_size=tensor_parallel_size,
-        gpu_memory_utilization=gpu_memory_utilization,
-        seed=seed,
+    rollout = Rollout().model_copy(
+        update={
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "seed": seed,
+        }
     )
+    options = EngineOptions(Model(path=str(model)), rollout, max_model_len=max(map(len, token_ids)) + max_tokens)
     completions = asyncio.run(_run(options, request))
     return [
         [str(info.tokenizer.decode(ids, skip_special_tokens=True)) for ids in completions[str(index)]]

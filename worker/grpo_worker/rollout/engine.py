@@ -39,6 +39,7 @@ from grpo_worker.protocol.messages import (
 from grpo_worker.rollout.gate import Gate
 from grpo_worker.rollout.options import (
     EngineOptions,
+    engine_arguments,
     engine_environment,
     log_configuration,
     resolve_model,
@@ -52,8 +53,6 @@ from grpo_worker.weightsync.manifest import Manifest, expected_tensors, verify
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-BACKEND = "grpo_store"
-WORKER_EXTENSION = "grpo_worker.rollout.plugin.WorkerExtension"
 
 
 class EngineDeadError(DeviceError):
@@ -134,7 +133,7 @@ class RolloutEngine:
         """Load the model. Minutes for a large one; the event loop stays free.
 
         Raises:
-            DataError: no usable model at `model_path`. ConfigError: not enough memory (vLLM's numbers), or a wrong
+            DataError: no usable model at `model.path`. ConfigError: not enough memory (vLLM's numbers), or a wrong
                 argument.
             DeviceError: CUDA or NCCL failed.
         """
@@ -157,7 +156,7 @@ class RolloutEngine:
 
     def _load(self) -> Path:
         """Runs in a thread. Returns the model's directory."""
-        directory = resolve_model(self.options.model_path, self.options.revision)
+        directory = resolve_model(self.options.model.path, self.options.model.revision)
         self._expected, self._optional = expected_tensors(directory)
         with tempfile.TemporaryDirectory(prefix="grpo-rollout-") as folder:
             log_file, log_config = Path(folder, "engine.log"), Path(folder, "logging.json")
@@ -181,34 +180,11 @@ class RolloutEngine:
         await group.results()
 
     def _create(self, directory: Path) -> Any:
-        from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        options = self.options
-        dtype = ("bfloat16" if self.on_gpu else "float32") if options.dtype == "auto" else options.dtype
-        arguments: dict[str, Any] = {
-            "model": str(directory),
-            "dtype": dtype,
-            "tensor_parallel_size": options.tensor_parallel_size,
-            "gpu_memory_utilization": options.gpu_memory_utilization,
-            "max_model_len": options.max_model_len,
-            "max_num_seqs": options.max_num_seqs,
-            "enforce_eager": not self.on_gpu if options.enforce_eager is None else options.enforce_eager,
-            "enable_prefix_caching": options.enable_prefix_caching,
-            "seed": options.seed,
-            "trust_remote_code": options.trust_remote_code,
-            "skip_tokenizer_init": options.skip_tokenizer_init,
-            "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from: after temperature, top-p and top-k
-            "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
-            "worker_extension_cls": WORKER_EXTENSION,
-            "use_tqdm_on_load": False,
-        }
-        if options.max_num_batched_tokens is not None:
-            arguments["max_num_batched_tokens"] = options.max_num_batched_tokens
-        if not self.on_gpu:
-            arguments["block_size"] = 32  # vLLM's 128 on CPU never shares a short prompt
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**{**arguments, **options.engine_args}))
+        arguments = engine_arguments(self.options, directory, self.on_gpu)
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -326,8 +302,8 @@ class RolloutEngine:
     def _pull(self, request: ApplyWeightsRequest, deadline: float) -> Manifest:
         """Runs in a thread: generation goes on."""
         manifest = pull(
-            request.store, token=self.options.token, into=self._staging.reserve, streams=self.options.pull_streams,
-            timeout_seconds=self.options.socket_timeout_seconds, deadline=deadline,
+            request.store, token=self.options.token, into=self._staging.reserve, streams=self.options.network.weight_sync_streams,
+            deadline=deadline,
             check=lambda manifest: verify(manifest, self._expected, optional=self._optional, dtypes=self._dtypes),
         )  # fmt: skip
         self.pulled_bytes += manifest.total_bytes

@@ -7,29 +7,38 @@ another incarnation do not count.
 
 import asyncio
 import logging
+import uuid
 from dataclasses import dataclass
 from typing import Literal
 
+from grpo_worker.config.run import Network
 from grpo_worker.errors import RetryableError
 from grpo_worker.protocol.heartbeat import HeartbeatClient
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 from grpo_worker.rollout.engine import RolloutEngine
 
 FAREWELL_SECONDS = 2.0
+LEAST_GIVE_UP_SECONDS = 600.0
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MembershipOptions:
-    coordinator_url: str
+class ReplicaOptions:
+    """One replica's place in the job."""
+
     name: str  # stable over restarts, e.g. "rollout-0"
-    instance: str  # new for each process start
-    url: str  # where this replica is reached
-    heartbeat_seconds: float = 1.0
-    lost_after_seconds: float = 30.0  # without an answer for so long the replica is not ready
-    give_up_after_seconds: float = 600.0  # then the process ends, to be started again
+    coordinator_url: str
+    network: Network
     token: str = ""
+    host: str = "127.0.0.1"  # that the server binds
+    port: int = 0  # 0: any free one
+    advertised_host: str = "127.0.0.1"  # under which the others reach it
+
+    @property
+    def give_up_seconds(self) -> float:
+        """Without an answer of the coordinator for so long the process ends, to be started again."""
+        return max(LEAST_GIVE_UP_SECONDS, 10 * self.network.member_timeout_seconds)
 
 
 def unready_reason(
@@ -60,14 +69,16 @@ def unready_reason(
 class Membership:
     """Sends heartbeats until it is told to stop."""
 
-    def __init__(self, options: MembershipOptions, engine: RolloutEngine) -> None:
+    def __init__(self, options: ReplicaOptions, port: int, engine: RolloutEngine) -> None:
         self._options, self._engine = options, engine
+        self._url = f"http://{options.advertised_host}:{port}"
+        self._instance = uuid.uuid4().hex  # new for each process start
         self.state: Literal["starting", "ready", "failed"] = "starting"
         self._incarnation: str | None = None
         self._leaving = False
         self._stopped = asyncio.Event()
         self._client = HeartbeatClient(
-            options.coordinator_url, options.token, options.heartbeat_seconds, self._beat, self._learn
+            options.coordinator_url, options.token, options.network.heartbeat_seconds, self._beat, self._learn
         )
 
     def unready_reason(self) -> str:
@@ -79,22 +90,22 @@ class Membership:
             weight_version=self._engine.weight_version,
             reply=self._client.reply,
             reply_age_seconds=self._client.silent_seconds,
-            lost_after_seconds=self._options.lost_after_seconds,
+            lost_after_seconds=self._options.network.member_timeout_seconds,
         )
 
     async def run(self) -> None:
         """Returns when the coordinator says that the job is over.
 
         Raises:
-            RetryableError: no answer within `give_up_after_seconds`.
+            RetryableError: no answer within `give_up_seconds`.
         """
         beating, stopped = asyncio.create_task(self._client.run()), asyncio.create_task(self._stopped.wait())
         try:
             while not self._stopped.is_set():
-                if (silent := self._client.silent_seconds) > self._options.give_up_after_seconds:
+                if (silent := self._client.silent_seconds) > self._options.give_up_seconds:
                     raise RetryableError(
                         f"the coordinator at {self._options.coordinator_url} has not answered for {silent:.0f} s "
-                        f"(limit {self._options.give_up_after_seconds:.0f} s)"
+                        f"(limit {self._options.give_up_seconds:.0f} s)"
                     )
                 await asyncio.wait({beating, stopped}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 if beating.done():
@@ -113,8 +124,8 @@ class Membership:
         return Heartbeat(
             role="rollout",
             name=self._options.name,
-            instance=self._options.instance,
-            url=self._options.url,
+            instance=self._instance,
+            url=self._url,
             state=self.state,
             weight_version=self._engine.weight_version,
             weight_digest=self._engine.weight_digest,

@@ -9,8 +9,6 @@ import errno
 import logging
 import os
 import signal
-import uuid
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_worker.concurrency import first_to_end
@@ -18,7 +16,7 @@ from grpo_worker.environment import ADVERTISED_HOST, COORDINATOR_URL, LISTEN_HOS
 from grpo_worker.errors import ConfigError
 from grpo_worker.protocol import auth
 from grpo_worker.rollout.engine import RolloutEngine
-from grpo_worker.rollout.heartbeat import Membership, MembershipOptions
+from grpo_worker.rollout.heartbeat import Membership, ReplicaOptions
 from grpo_worker.rollout.options import EngineOptions
 from grpo_worker.rollout.server import RolloutServer, listen
 
@@ -30,21 +28,6 @@ log = logging.getLogger(__name__)
 WATCH_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class ReplicaOptions:
-    """One replica's place in the job."""
-
-    name: str
-    host: str  # that the server binds
-    port: int  # 0: any free one
-    coordinator_url: str
-    token: str
-    heartbeat_seconds: float = 1.0
-    lost_after_seconds: float = 30.0
-    give_up_after_seconds: float = 600.0
-    advertised_host: str = "127.0.0.1"  # under which the others reach it
-
-
 def run(job: "GRPOJob", *, index: int) -> None:
     """Serve replica `index` of a job until it is told to stop. Raises GRPOError."""
     engine, replica = options_of(job, index)
@@ -52,26 +35,19 @@ def run(job: "GRPOJob", *, index: int) -> None:
 
 
 def options_of(job: "GRPOJob", index: int) -> tuple[EngineOptions, ReplicaOptions]:
-    spec = job.spec
-    rollout, network, token = spec.rollout, spec.network, auth.job_token()
-    engine_args = {name: value for name, value in rollout.engine_args.items() if name != "max_model_len"}
-    max_model_len = rollout.context_tokens(spec.data.max_prompt_length, spec.data.max_response_length)
-    engine = EngineOptions(
-        model_path=spec.model.path, revision=spec.model.revision, max_model_len=max_model_len, dtype=rollout.dtype,
-        tensor_parallel_size=rollout.tensor_parallel_size, gpu_memory_utilization=rollout.gpu_memory_utilization,
-        max_num_seqs=rollout.max_num_seqs, max_num_batched_tokens=rollout.max_num_batched_tokens, enforce_eager=rollout.enforce_eager,
-        enable_prefix_caching=rollout.enable_prefix_caching, seed=rollout.seed, cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
-        engine_args=engine_args, pull_streams=network.weight_sync_streams, token=token,
-    )  # fmt: skip
+    """From the document, and from what the supervisor says in the environment."""
+    spec, network, token = job.spec, job.spec.network, auth.job_token()
+    max_model_len = spec.rollout.context_tokens(spec.data.max_prompt_length, spec.data.max_response_length)
     replica = ReplicaOptions(
-        name=os.environ.get(MEMBER_NAME, f"rollout-{index}"), host=os.environ.get(LISTEN_HOST, "127.0.0.1"),
-        advertised_host=os.environ.get(ADVERTISED_HOST, "127.0.0.1"),
-        port=int(os.environ.get(ROLLOUT_PORT) or (network.rollout_port and network.rollout_port + index)),
+        name=os.environ.get(MEMBER_NAME, f"rollout-{index}"),
         coordinator_url=os.environ.get(COORDINATOR_URL, f"http://127.0.0.1:{network.coordinator_port}"),
-        token=token, heartbeat_seconds=network.heartbeat_seconds, lost_after_seconds=network.member_timeout_seconds,
-        give_up_after_seconds=max(600.0, 10 * network.member_timeout_seconds),
-    )  # fmt: skip
-    return engine, replica
+        network=network,
+        token=token,
+        host=os.environ.get(LISTEN_HOST, "127.0.0.1"),
+        port=int(os.environ.get(ROLLOUT_PORT) or (network.rollout_port and network.rollout_port + index)),
+        advertised_host=os.environ.get(ADVERTISED_HOST, "127.0.0.1"),
+    )
+    return EngineOptions(spec.model, spec.rollout, max_model_len, network, token), replica
 
 
 async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
@@ -92,14 +68,7 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
         raise ConfigError(
             f"network.rolloutPort: port {replica.port} of {replica.host} {what}. Free it, or set another (0: any free one)."
         ) from error
-    membership = Membership(
-        MembershipOptions(
-            coordinator_url=replica.coordinator_url, name=replica.name, instance=uuid.uuid4().hex, url=f"http://{replica.advertised_host}:{port}",
-            heartbeat_seconds=replica.heartbeat_seconds, lost_after_seconds=replica.lost_after_seconds,
-            give_up_after_seconds=replica.give_up_after_seconds, token=replica.token,
-        ),
-        engine,
-    )  # fmt: skip
+    membership = Membership(replica, port, engine)
     log.info("%s listens on http://%s:%d", replica.name, replica.host, port)
 
     async def start_and_watch() -> None:

@@ -9,31 +9,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_worker.config.actor import Model
+from grpo_worker.config.rollout import Rollout
+from grpo_worker.config.run import Network
 from grpo_worker.errors import ConfigError, DataError, DeviceError, GRPOError
+
+BACKEND = "grpo_store"  # the weight transport that the plug-in registers
+WORKER_EXTENSION = "grpo_worker.rollout.plugin.WorkerExtension"
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Arguments of one engine (vLLM's names; units in the names)."""
+    """One engine: the document's sections, and what no section holds."""
 
-    model_path: str  # directory in Hugging Face format, or a Hugging Face id
-    max_model_len: int  # tokens, prompt and response
-    revision: str | None = None
-    dtype: str = "auto"  # auto: bfloat16 on GPU, float32 on CPU
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.6
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None
-    enforce_eager: bool | None = None  # None: on CPU only
-    enable_prefix_caching: bool = True
-    seed: int = 1
-    cpu_kv_cache_gib: int = 1
-    trust_remote_code: bool = False
-    skip_tokenizer_init: bool = True
-    engine_args: dict[str, Any] = field(default_factory=dict)  # passed through to vLLM, after all of the above
-    pull_streams: int = 4
-    socket_timeout_seconds: float = 60.0
+    model: Model
+    rollout: Rollout
+    max_model_len: int  # tokens of one sequence, prompt and response
+    network: Network = field(default_factory=Network)
     token: str = ""  # of the weight server
+
+
+def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> dict[str, Any]:
+    """What vLLM's engine is made with: ours, then the person's `rollout.engineArgs`."""
+    rollout = options.rollout
+    dtype = ("bfloat16" if on_gpu else "float32") if rollout.dtype == "auto" else rollout.dtype
+    arguments: dict[str, Any] = {
+        "model": str(directory),
+        "dtype": dtype,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "max_num_seqs": rollout.max_num_seqs,
+        "enforce_eager": not on_gpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        "enable_prefix_caching": rollout.enable_prefix_caching,
+        "seed": rollout.seed,
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from: after temperature, top-p and top-k
+        "weight_transfer_config": {"backend": BACKEND},
+        "worker_extension_cls": WORKER_EXTENSION,
+        "use_tqdm_on_load": False,
+    }
+    if rollout.max_num_batched_tokens is not None:
+        arguments["max_num_batched_tokens"] = rollout.max_num_batched_tokens
+    if not on_gpu:
+        arguments["block_size"] = 32  # vLLM's 128 on CPU never shares a short prompt
+    return {**arguments, **rollout.engine_args, "max_model_len": options.max_model_len}
 
 
 def resolve_model(path: str, revision: str | None) -> Path:
@@ -80,8 +99,8 @@ def startup_error(error: BaseException, engine_log: str, options: EngineOptions,
     messages = [match["message"].strip() for match in _RAISED.finditer(engine_log)] + [str(error)]
     if memory := next((message for message in messages if _MEMORY.search(message)), None):
         raise_what = (
-            f"rollout.gpuMemoryUtilization (now {options.gpu_memory_utilization})" if on_gpu
-            else f"rollout.cpuKVCacheGiB (now {options.cpu_kv_cache_gib})"
+            f"rollout.gpuMemoryUtilization (now {options.rollout.gpu_memory_utilization})" if on_gpu
+            else f"rollout.cpuKVCacheGiB (now {options.rollout.cpu_kv_cache_gib})"
         )  # fmt: skip
         return ConfigError(
             f"rollout: the engine has too little memory for its KV cache. vLLM: {memory} "
@@ -90,7 +109,7 @@ def startup_error(error: BaseException, engine_log: str, options: EngineOptions,
         )
     if device := next((message for message in messages if _DEVICE.search(message)), None):
         return DeviceError(f"rollout: the engine did not start. vLLM: {device}")
-    return ConfigError(f"rollout: the engine did not start with {options.model_path}. vLLM: {messages[0]}")
+    return ConfigError(f"rollout: the engine did not start with {options.model.path}. vLLM: {messages[0]}")
 
 
 def engine_environment(options: EngineOptions, on_gpu: bool, log_config: Path) -> dict[str, str]:
@@ -103,9 +122,9 @@ def engine_environment(options: EngineOptions, on_gpu: bool, log_config: Path) -
     if on_gpu:
         variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA does not survive a fork, and we have looked at it
     else:
-        variables["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kv_cache_gib)
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(options.rollout.cpu_kv_cache_gib)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer may share these cores; OMP_NUM_THREADS decides
-        if options.tensor_parallel_size == 1:
+        if options.rollout.tensor_parallel_size == 1:
             # The worker lives in the engine's process: one start-up of imports less.
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return variables

@@ -19,10 +19,9 @@ import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from grpo_worker.rollout.options import BACKEND
 from grpo_worker.rollout.orphan import end_with_parent
 from grpo_worker.weightsync.manifest import Manifest
-
-BACKEND = "grpo_store"
 
 
 def register() -> None:
