@@ -46,9 +46,9 @@ class Learner(Trainer):
 
     def log_probs(self, request: LogProbsRequest) -> LogProbsReply:
         tokens = int(request.batch.response_lengths.numpy().sum())
-        return LogProbsReply(
-            log_probs=Array.of([-0.5] * tokens, "float32"), entropy=None, ref_log_probs=None, metrics={}
-        )
+        values = Array.of([-0.5] * tokens, "float32")
+        reference = values if request.reference else None
+        return LogProbsReply(log_probs=values, entropy=None, ref_log_probs=reference, metrics={})
 
     def update(self, request: UpdateRequest) -> Any:
         self.steps.append(request.step)
@@ -98,6 +98,7 @@ class Stage:
             await one.start()
         clients = [HeartbeatClient(self.url, TOKEN, 0.02, one.beat) for one in everybody]
         beats = [asyncio.create_task(client.run()) for client in clients]
+        self._beats = dict(zip([one.url for one in everybody], beats, strict=True))
         try:
             yield
         finally:
@@ -106,6 +107,11 @@ class Stage:
             await asyncio.gather(*beats, return_exceptions=True)
             for one in everybody:
                 await one.stop()
+
+    async def leave(self, one: Trainer | Engine) -> None:
+        """It is gone: neither heartbeats nor a server any more."""
+        self._beats[one.url].cancel()
+        await one.stop()
 
     async def train(self, job: GRPOJob) -> None:
         async with asyncio.timeout(60):

@@ -149,6 +149,18 @@ def test_each_mini_batch_and_epoch_is_one_update(model: Path) -> None:
     assert float(next(iter(updater.optimizer.state().values()))["step"]) == 4
 
 
+def test_the_learning_rate_ends_with_the_run_whatever_its_steps_had(model: Path) -> None:
+    """Planned: 4 steps of 2 updates. The second has one mini-batch alone, and then prompts for one step are gone."""
+    data = {"maxPromptLength": 64, "maxResponseLength": 64, "trainBatchSize": 2}
+    actor = {"ppoMiniBatchSize": 1, "optim": {"lr": 1.0e-3, "lrScheduler": "linear"}}
+    updater = updater_for(options_for(model, data=data, actor=actor))
+    rates = []
+    for step, (mini_batches, total_steps) in enumerate([([3, 5], 4), ([8], 4), ([3, 5], 3)], 1):
+        rates.append(updater.update(sequences_of(LENGTHS, mini_batches=mini_batches), step, total_steps)["actor/lr"])
+    # Updates 1 and 2 of 8; 3 of 3 + 2 * 2; 4 and 5 of 5.
+    assert rates == pytest.approx([1e-3 * (7 / 8 + 6 / 8) / 2, 1e-3 * 4 / 7, 1e-3 * (1 / 5 + 0) / 2])
+
+
 def test_mini_batches_are_normalised_apart(model: Path) -> None:
     both, _ = recorded_update(options_for(model), sequences_of(LENGTHS, mini_batches=[3, 5]), single_rank())
     message = batch_message(LENGTHS)

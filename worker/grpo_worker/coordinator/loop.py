@@ -201,7 +201,7 @@ class TrainingLoop:
                 self._log_step()
             async with asyncio.timeout(limit):
                 await self._save(state)
-                await parts.saver.finish(state.step)
+                await parts.saver.wait()
         except Exception as failure:
             reason = str(failure) or f"not done within {limit:.0f} s (network.requestTimeoutSeconds)"
             parts.emit(

@@ -97,7 +97,10 @@ class Updater:
         self.check(sequences)
         spec = self.options.spec
         epochs = spec.actor.ppo_epochs
-        total_updates = total_steps * spec.actor.updates_per_step(spec.data.train_batch_size)
+        updates = epochs * len(sequences.mini_batch_sequences)
+        # What was made, not what was planned for the steps behind: a step may have had fewer groups, a resume another batch size.
+        later = max(total_steps - step, 0) * spec.actor.updates_per_step(spec.data.train_batch_size)
+        total_updates = self.state.updates + updates + later if total_steps else 0
         started = time.perf_counter()
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         facts: dict[str, list[float]] = defaultdict(list)
@@ -109,7 +112,6 @@ class Updater:
                 self._mini_batch(sequences, range(first, first + count), total_updates, sums, facts)
                 first += count
         self.state.step = step
-        updates = epochs * len(sequences.mini_batch_sequences)
         metrics = sum_dicts_over_ranks({name: float(value) / updates for name, value in sums.items()}, self.ranks)
         metrics |= {name: float(np.mean(values)) for name, values in facts.items() if not name.startswith("timing_s/")}
         metrics |= {name: float(np.sum(values)) for name, values in facts.items() if name.startswith("timing_s/")}
