@@ -11,14 +11,14 @@ import numpy as np
 from aiohttp import web
 
 from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions
-from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group, Sample
+from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.data.dataset import Prompt
 from grpo_worker.protocol import codec
-from grpo_worker.protocol.auth import middleware
+from grpo_worker.protocol.http import door, error_answer
 from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
     ApplyWeightsRequest,
@@ -113,13 +113,14 @@ class Engine:
         self.asked: list[str] = []
         self.requests: list[GenerateRequest] = []
         self.syncs: list[int] = []
+        self.hang_at_sync = False
         self.log: list[str] = []  # what was asked of it, in order
         self.released = asyncio.Event()  # lets what hangs end when the test is over
         self.url = ""
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
-        app = web.Application(middlewares=[middleware(TOKEN)], client_max_size=1 << 24)
+        app = web.Application(middlewares=[door(TOKEN)], client_max_size=1 << 24)
         app.add_routes([web.post("/v1/generate", self._generate), web.post("/v1/weights", self._weights)])
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -155,8 +156,9 @@ class Engine:
         self.asked += [one.id for one in request.prompts]
         self.log.append("generate")
         if request.min_weight_version is not None and self.version < request.min_weight_version:
-            body = codec.encode(ErrorReply(reason="StaleWeights", message=f"weights are of version {self.version}"))
-            return web.Response(status=409, body=body)
+            return error_answer(
+                409, ErrorReply(reason="StaleWeights", message=f"weights are of version {self.version}")
+            )
         stream = web.StreamResponse()
         await stream.prepare(http)
         await self.behaviour(self, stream, http, request)
@@ -165,9 +167,11 @@ class Engine:
     async def _weights(self, http: web.Request) -> web.Response:
         request = codec.decode(await http.read(), ApplyWeightsRequest)
         self.syncs.append(request.version)
+        if self.hang_at_sync:
+            await self.released.wait()
         self.log.append(f"weights {request.version}")
         if self.refusal is not None:
-            return web.Response(status=503, body=codec.encode(self.refusal))
+            return error_answer(503, self.refusal)
         self.version = request.version
         reply = ApplyWeightsReply(
             version=request.version,
@@ -196,7 +200,7 @@ class Trainer:
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
-        app = web.Application(middlewares=[middleware(TOKEN)], client_max_size=1 << 24)
+        app = web.Application(middlewares=[door(TOKEN)], client_max_size=1 << 24)
         app.add_routes([web.post("/v1/trainer", self._call)])
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -228,6 +232,8 @@ class Trainer:
             assert http.transport is not None
             http.transport.abort()
             return web.Response()
+        if isinstance(reply, ErrorReply):
+            return error_answer(500, reply)
         return web.Response(body=reply if isinstance(reply, bytes) else codec.encode(reply))
 
 
@@ -242,6 +248,7 @@ class World:
 
     session: aiohttp.ClientSession
     members: Members
+    client: MemberClient
     trainer: Trainer
     trainer_client: TrainerClient
     weights: WeightSync
@@ -284,8 +291,7 @@ class World:
         return self.dispatcher_of(self.options(**changes), on_done)
 
     def dispatcher_of(self, options: DispatchOptions, on_done: Callable[[Group], None]) -> Dispatcher:
-        client = EngineClient(self.session, TOKEN)
-        return Dispatcher(client, self.members, self.weights, self.emit, options, on_done)
+        return Dispatcher(self.client, self.members, self.weights, self.emit, options, on_done)
 
 
 class Clock:
@@ -303,16 +309,17 @@ async def world(*engines: Engine, version: int | None = 0, timeout_seconds: floa
     """A trainer and these engines, registered; weights of `version` published and applied."""
     clock = Clock()
     async with aiohttp.ClientSession() as session:
-        members = Members(30.0, clock)
+        events: list[tuple[str, str, str]] = []
+        members = Members(30.0, clock, lambda *event: events.append(event))
         trainer = Trainer()
         await trainer.start()
-        client = TrainerClient(session, members, TOKEN, timeout_seconds)
-        events: list[tuple[str, str, str]] = []
-        weights = WeightSync(session, members, client, TOKEN, timeout_seconds, lambda *event: events.append(event))
-        here = World(session, members, trainer, client, weights, clock, [], events)
+        client = MemberClient(session, members, TOKEN)
+        caller = TrainerClient(client, members, timeout_seconds)
+        weights = WeightSync(client, members, caller, timeout_seconds, lambda *event: events.append(event))
+        here = World(session, members, client, trainer, caller, weights, clock, [], events)
         try:
             await here.join(*engines)
-            await client.connect(1.0)
+            await caller.connect(1.0)
             if version is not None:
                 await weights.publish(version)
             yield here

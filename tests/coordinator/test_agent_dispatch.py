@@ -15,24 +15,21 @@ from aiohttp import web
 from coordinator_helpers import Engine, World, good, groups, heartbeats, prompt, world
 from transformers import PreTrainedTokenizerBase
 
-from grpo_worker.coordinator import engine_client
+from grpo_worker.coordinator import member_client
 from grpo_worker.coordinator.agents import Episode, dispatcher
 from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup, turn_seed
 from grpo_worker.coordinator.agents.load import Agent, load_agent
 from grpo_worker.coordinator.agents.thread import AgentRuntime
-from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.errors import DataError, PeerLostError
 from grpo_worker.protocol.messages import GenerateRequest, GroupResult
 
 pytestmark = pytest.mark.asyncio
 
-TOKEN = "the-job-token"
-
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_client, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(member_client, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(dispatcher, "WATCH_SECONDS", 0.05)
     monkeypatch.setattr(dispatcher, "BLOCKED_SECONDS", 0.4)
     monkeypatch.setattr(dispatcher, "PATIENCE_SECONDS", 0.3)
@@ -53,10 +50,9 @@ async def dispatching(
     runtime = AgentRuntime(tokenizer)
     setup = AgentSetup("my_agents.py:agent", agent, runtime, 100)
     beats = asyncio.create_task(heartbeats(here))
-    client = EngineClient(here.session, TOKEN)
     options = here.options(**changes)
     try:
-        yield AgentDispatcher(client, here.members, here.weights, here.emit, options, setup, done.append)
+        yield AgentDispatcher(here.client, here.members, here.weights, here.emit, options, setup, done.append)
     finally:
         beats.cancel()
         runtime.close()

@@ -77,7 +77,7 @@ async def test_a_body_that_is_no_heartbeat_is_refused() -> None:
         here.session.post(f"{url}/v1/members", data=b"\xc1", headers=authorization(TOKEN)) as response,
     ):
         assert response.status == 400
-        assert "not a heartbeat" in await response.text()
+        assert "the body is not a heartbeat" in (await response.json())["message"]
 
 
 async def test_a_stop_request_is_passed_on() -> None:

@@ -81,7 +81,7 @@ async def test_a_run_whose_trainer_died_goes_on_from_its_last_checkpoint(stage: 
     async with stage.members(Engine("rollout-0")):
         update = stage.trainer.update
         stage.trainer.answers[UpdateRequest] = lambda request: None if request.step == 8 else update(request)
-        with pytest.raises(TrainerLost, match="died during Update"):
+        with pytest.raises(TrainerLost, match="was lost during update"):
             await stage.train(stage.job())
     async with stage.members(Engine("rollout-0")):
         await stage.train(stage.job())

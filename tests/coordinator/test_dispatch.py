@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from coordinator_helpers import Engine, World, answer, good, groups, heartbeats, prompt, world
 
-from grpo_worker.coordinator import engine_client
+from grpo_worker.coordinator import member_client
 from grpo_worker.coordinator.dispatch import prompt_seed
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.errors import PeerLostError
@@ -86,7 +86,7 @@ def failing(kind: str, *uids: str, times: int = 1000) -> object:
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long an engine that is past its deadline is listened to."""
-    monkeypatch.setattr(engine_client, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(member_client, "GRACE_SECONDS", 0.1)
 
 
 async def dispatch(here: World, number: int, *, atomic: bool, **changes: object) -> list[Group]:

@@ -13,8 +13,8 @@ from coordinator_stage import BATCH, PROMPTS, Stage, once_an_epoch
 from grpo_worker.coordinator.trainer_client import TrainerFailed, TrainerLost
 from grpo_worker.errors import DataError, GRPOError, PeerLostError, StalledError
 from grpo_worker.protocol.messages import (
+    ErrorReply,
     PublishRequest,
-    RemoteError,
     SaveReply,
     SaveRequest,
     UpdateReply,
@@ -187,7 +187,7 @@ async def test_a_failure_beside_the_training_lets_the_step_end_and_is_saved(
 async def test_a_trainer_that_failed_is_not_asked_to_save(stage: Stage, lost: bool) -> None:
     async with stage.members(Engine("rollout-0")):
         update = stage.trainer.update
-        failure = RemoteError(reason="DeviceFailed", message="the GPU is gone", exit_code=85, recoverable=False)
+        failure = ErrorReply(reason="DeviceFailed", message="the GPU is gone", exit_code=85, recoverable=False)
 
         async def until_the_eighth(request: UpdateRequest) -> Any:
             if request.step < 8:
@@ -219,7 +219,7 @@ async def test_a_save_that_fails_leaves_the_first_error_as_the_reason(stage: Sta
                 return save(request)
             if slow:
                 await asyncio.sleep(60)
-            return RemoteError(reason="CheckpointStorage", message="the disk is full", exit_code=78, recoverable=True)
+            return ErrorReply(reason="CheckpointStorage", message="the disk is full", exit_code=78, recoverable=True)
 
         stage.trainer.answers |= {UpdateRequest: breaks, SaveRequest: full}
         network = {"heartbeatSeconds": 0.02, "memberTimeoutSeconds": 5.0, "requestTimeoutSeconds": 2.0}
@@ -233,7 +233,7 @@ async def test_a_save_that_fails_leaves_the_first_error_as_the_reason(stage: Sta
 
 async def test_the_last_save_of_a_run_is_not_tried_twice(stage: Stage) -> None:
     async with stage.members(Engine("rollout-0")):
-        full = RemoteError(reason="CheckpointStorage", message="the disk is full", exit_code=78, recoverable=True)
+        full = ErrorReply(reason="CheckpointStorage", message="the disk is full", exit_code=78, recoverable=True)
         stage.trainer.answers[SaveRequest] = lambda request: full
         with pytest.raises(GRPOError, match="the disk is full"):
             await stage.train(stage.job(checkpoint={"saveFreq": 0}))

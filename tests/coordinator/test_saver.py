@@ -17,9 +17,9 @@ from grpo_worker.coordinator.saver import Saved, Saver, complete_checkpoints
 from grpo_worker.coordinator.trainer_client import TrainerFailed, TrainerLost
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
 from grpo_worker.protocol.messages import (
+    ErrorReply,
     LoadReply,
     LoadRequest,
-    RemoteError,
     SaveReply,
     SaveRequest,
     SaveStatusReply,
@@ -151,7 +151,7 @@ async def test_the_last_step_is_tried_again_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recoverable", [True, False])
 async def test_an_error_of_the_trainer_says_whether_the_run_goes_on(tmp_path: Path, recoverable: bool) -> None:
     async with saving(tmp_path) as (saver, _, here, _told):
-        error = RemoteError(reason="StorageFull", message="no space", exit_code=78, recoverable=recoverable)
+        error = ErrorReply(reason="StorageFull", message="no space", exit_code=78, recoverable=recoverable)
         here.trainer.answers[SaveRequest] = lambda request: error
         if recoverable:
             await saver.save(0, 1, {"step": 1})

@@ -65,8 +65,14 @@ async def test_the_next_version_takes_engines_out_of_service_until_they_have_it(
         failing.refusal = ErrorReply(reason="EngineDead", message="the engine is dead")
         await here.weights.publish(1)
         assert serving(here) == ["rollout-0"]
-        assert here.weights.served_version("rollout-1") is None
-        assert here.events[-1][1:] == ("WeightSyncFailed", "rollout-1 refused version 1: the engine is dead")
+        assert {member.name: member.served for member in here.members.alive("rollout")} == {
+            "rollout-0": 1,
+            "rollout-1": None,
+        }
+        assert here.events[-1][1:] == (
+            "WeightSyncFailed",
+            "rollout-1 refused the sync of version 1: the engine is dead",
+        )
 
 
 async def test_an_engine_that_reads_back_another_digest_is_kept_out_of_service() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
+import msgspec
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -107,9 +108,9 @@ class Replica:
         """Status and the decoded body (an ErrorReply from 400 on)."""
         async with client(token) as session, session.post(self.url + path, data=body) as response:
             data = await response.read()
-            if response.content_type != codec.CONTENT_TYPE:
-                return response.status, data
-            return response.status, codec.decode(data, ErrorReply if response.status >= 400 else kind)
+            if response.status >= 400:
+                return response.status, msgspec.json.decode(data, type=ErrorReply)
+            return response.status, codec.decode(data, kind)
 
     async def generate_async(self, request: GenerateRequest, into: dict[str, GroupResult]) -> GenerateEnd:
         """Fill `into` as results arrive."""

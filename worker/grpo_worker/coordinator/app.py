@@ -5,15 +5,13 @@ Invariant: handlers only read state or set a flag; nothing that trains runs in a
 
 from collections.abc import Callable
 
-import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.errors import ConfigError
-from grpo_worker.protocol import codec
-from grpo_worker.protocol.auth import middleware
+from grpo_worker.protocol.http import answer, door, read
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 
 
@@ -27,12 +25,9 @@ def make_app(
     """Routes: POST /v1/members, POST /v1/stop, GET /status, /metrics, /healthz."""
 
     async def heartbeat(request: web.Request) -> web.Response:
-        try:
-            beat: Heartbeat = codec.decode(await request.read(), Heartbeat)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=f"not a heartbeat: {error}") from None
+        beat: Heartbeat = await read(request, Heartbeat, "a heartbeat")
         members.beat(beat)
-        return web.Response(body=codec.encode(reply(beat)), content_type=codec.CONTENT_TYPE)
+        return answer(reply(beat))
 
     async def status(request: web.Request) -> web.Response:
         return web.json_response(progress.status())
@@ -47,7 +42,7 @@ def make_app(
         stop("asked over HTTP")
         return web.json_response({"stopping": True})
 
-    app = web.Application(middlewares=[middleware(token)], client_max_size=1 << 20)
+    app = web.Application(middlewares=[door(token)], client_max_size=1 << 20)
     app.add_routes(
         [
             web.post("/v1/members", heartbeat),

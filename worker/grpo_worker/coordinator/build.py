@@ -16,9 +16,9 @@ from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetu
 from grpo_worker.coordinator.agents.load import load_agent
 from grpo_worker.coordinator.agents.thread import AgentRuntime
 from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions, RolloutDispatcher
-from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.learner import Learner
 from grpo_worker.coordinator.loop import Parts, TrainingLoop
+from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
@@ -51,7 +51,7 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16
 class Outside:
     """What the loop finds around it: the other processes of the job, and where the run is told of."""
 
-    engines: EngineClient
+    client: MemberClient
     members: Members
     trainer: TrainerClient
     weights: WeightSync
@@ -217,12 +217,12 @@ def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) ->
 
 def _dispatchers(outside: Outside, setup: AgentSetup | None) -> MakeDispatcher:
     """How dispatchers are made: for single turns, or for agents."""
-    engines, members, weights, emit = outside.engines, outside.members, outside.weights, outside.events.emit
+    client, members, weights, emit = outside.client, outside.members, outside.weights, outside.events.emit
 
     def make(options: DispatchOptions, on_done: OnDone) -> RolloutDispatcher:
         if setup is None:
-            return Dispatcher(engines, members, weights, emit, options, on_done)
-        return AgentDispatcher(engines, members, weights, emit, options, setup, on_done)
+            return Dispatcher(client, members, weights, emit, options, on_done)
+        return AgentDispatcher(client, members, weights, emit, options, setup, on_done)
 
     return make
 

@@ -14,11 +14,11 @@ from grpo_worker.config import Spec
 from grpo_worker.coordinator.dispatch import DispatchOptions
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.coordinator.halt import Halt
+from grpo_worker.coordinator.members import Emit
 from grpo_worker.coordinator.schedule import Batch, Schedule
 from grpo_worker.coordinator.scoring import Scorer
 from grpo_worker.coordinator.timing import Timer
 from grpo_worker.coordinator.validation import MakeDispatcher
-from grpo_worker.coordinator.weight_sync import Emit
 from grpo_worker.errors import StalledError
 
 

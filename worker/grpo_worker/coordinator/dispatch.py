@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
-from grpo_worker.coordinator.members import Member, Members
-from grpo_worker.coordinator.weight_sync import Emit, WeightSync
+from grpo_worker.coordinator.member_client import MemberClient
+from grpo_worker.coordinator.members import Emit, Member, Members
+from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.errors import PeerLostError
+from grpo_worker.protocol.http import RefusedError
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, Sampling
 
 PERMANENT = frozenset({"prompt_too_long", "token_out_of_range"})
@@ -94,14 +95,14 @@ class Dispatcher:
 
     def __init__(
         self,
-        engines: EngineClient,
+        client: MemberClient,
         members: Members,
         weights: WeightSync,
         emit: Emit,
         options: DispatchOptions,
         on_done: Callable[[Group], None],
     ) -> None:
-        self._engines = engines
+        self._client = client
         self._members = members
         self._weights = weights
         self._emit = emit
@@ -203,11 +204,12 @@ class Dispatcher:
 
     async def _fly(self, flight: _Flight, request: GenerateRequest) -> None:
         try:
-            end = await self._engines.generate(flight.member, request, lambda result: self._returned(flight, result))
+            end = await self._client.generate(flight.member, request, lambda result: self._returned(flight, result))
             self.generated_tokens += end.generated_tokens
         except PeerLostError as error:
             flight.error = str(error)
-            self._members.suspect(flight.member.name)
+            if isinstance(error, RefusedError):
+                self._weights.doubt(flight.member)
         finally:
             self._wake.set()
 

@@ -16,6 +16,7 @@ from grpo_worker.coordinator.collector import Collector
 from grpo_worker.coordinator.dispatch import DispatchOptions
 from grpo_worker.coordinator.halt import Halt, Result
 from grpo_worker.coordinator.learner import Learner
+from grpo_worker.coordinator.members import Emit
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.coordinator.run_log import RunLog
 from grpo_worker.coordinator.run_state import RunState
@@ -26,7 +27,7 @@ from grpo_worker.coordinator.step_metrics import extra_reward_metrics, group_met
 from grpo_worker.coordinator.timing import StartupTimer, Timer
 from grpo_worker.coordinator.trainer_client import TrainerLost
 from grpo_worker.coordinator.validation import MakeDispatcher, Validation
-from grpo_worker.coordinator.weight_sync import Emit, SyncReport, WeightSync
+from grpo_worker.coordinator.weight_sync import SyncReport, WeightSync
 from grpo_worker.data.dataset import BlockDataset
 from grpo_worker.environment import DEVICE_COUNT
 from grpo_worker.errors import DataError, YieldedError

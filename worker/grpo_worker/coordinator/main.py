@@ -15,8 +15,8 @@ import aiohttp
 from grpo_worker.config import GRPOJob
 from grpo_worker.coordinator.app import make_app, serve
 from grpo_worker.coordinator.build import Outside, build
-from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.loop import TrainingLoop
+from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.coordinator.timing import StartupTimer
@@ -44,7 +44,10 @@ class Coordinator:
         self._token = job_token()
         self._directory = RunDirectory.of_environment(job.name)
         self._events = EventLog(self._directory.events, "coordinator")
-        self._members = Members(job.spec.network.member_timeout_seconds, time.monotonic)
+        network = job.spec.network
+        self._members = Members(
+            network.member_timeout_seconds, time.monotonic, self._events.emit, network.heartbeat_seconds
+        )
         self._incarnation = secrets.token_hex(4)
         self._loop: TrainingLoop | None = None
         self._startup: asyncio.Task[TrainingLoop] | None = None
@@ -57,20 +60,16 @@ class Coordinator:
         """Returns how far the run got (`Progress.last_word`). Raises GRPOError, with the same as its context."""
         network = self._spec.network
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20) as session:
-            self._trainer = TrainerClient(session, self._members, self._token, network.request_timeout_seconds)
+            client = MemberClient(session, self._members, self._token)
+            self._trainer = TrainerClient(client, self._members, network.request_timeout_seconds)
             self._weights = WeightSync(
-                session,
-                self._members,
-                self._trainer,
-                self._token,
-                network.weight_sync_timeout_seconds,
-                self._events.emit,
+                client, self._members, self._trainer, network.weight_sync_timeout_seconds, self._events.emit
             )
             self._progress = Progress(
                 self._job.name, self._incarnation, self._members, self._weights, self._spec.trainer.total_epochs
             )
             outside = Outside(
-                EngineClient(session, self._token),
+                client,
                 self._members,
                 self._trainer,
                 self._weights,

@@ -125,7 +125,7 @@ class Progress:
         return {
             "name": self._name,
             "state": self.state,
-            "message": self.message,
+            "message": "; ".join([self.message, *self._members.waits()]),
             "step": self.step,
             "total_steps": self.total_steps,
             "epoch": self.epoch,
@@ -145,11 +145,9 @@ class Progress:
                 {
                     "role": member.beat.role,
                     "name": member.name,
-                    "state": member.beat.state,
+                    "state": self._members.state(member),
                     "in_service": member.name in serving,
-                    "weight_version": self._weights.served_version(member.name)
-                    if member.beat.role == "rollout"
-                    else None,
+                    "weight_version": member.served,
                     "url": member.url,
                     "stats": member.beat.stats,
                 }

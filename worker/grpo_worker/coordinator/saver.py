@@ -23,8 +23,8 @@ from grpo_worker.checkpoint import (
     remove_leftovers,
     storage_errors,
 )
+from grpo_worker.coordinator.members import Emit
 from grpo_worker.coordinator.trainer_client import TrainerClient, TrainerLost
-from grpo_worker.coordinator.weight_sync import Emit
 from grpo_worker.errors import CheckpointDamagedError, ConfigError, GRPOError
 from grpo_worker.protocol.messages import (
     LoadReply,

@@ -8,14 +8,14 @@ last checkpoint.
 import asyncio
 from typing import Any, TypeVar
 
-import aiohttp
-import msgspec
-
+from grpo_worker.coordinator.member_client import LateError, MemberClient
 from grpo_worker.coordinator.members import Member, Members
-from grpo_worker.errors import ExitCode, GRPOError, RetryableError
-from grpo_worker.protocol import codec
-from grpo_worker.protocol.auth import authorization
-from grpo_worker.protocol.messages import RemoteError, SaveStatusRequest, StopRequest, TrainerReply
+from grpo_worker.errors import ExitCode, GRPOError, PeerLostError, RetryableError
+from grpo_worker.protocol.http import RefusedError
+from grpo_worker.protocol.messages import Done, ErrorReply, SaveStatusRequest, StopRequest
+
+PATH = "/v1/trainer"
+STOP_SECONDS = 10.0
 
 Reply = TypeVar("Reply")
 
@@ -29,7 +29,7 @@ class TrainerLost(RetryableError):
 class TrainerFailed(GRPOError):
     """The trainer reported an error of its own."""
 
-    def __init__(self, error: RemoteError) -> None:
+    def __init__(self, error: ErrorReply) -> None:
         super().__init__(error.message)
         self.reason = error.reason
         self.exit_code = ExitCode(error.exit_code) if error.exit_code in {*ExitCode} else ExitCode.RETRY
@@ -39,10 +39,9 @@ class TrainerFailed(GRPOError):
 class TrainerClient:
     """RPC to the trainer that registered first; a trainer that restarts behind our back has lost our state."""
 
-    def __init__(self, session: aiohttp.ClientSession, members: Members, token: str, timeout_seconds: float) -> None:
-        self._session = session
+    def __init__(self, client: MemberClient, members: Members, timeout_seconds: float) -> None:
+        self._client = client
         self._members = members
-        self._headers = {**authorization(token), "Content-Type": codec.CONTENT_TYPE}
         self._timeout_seconds = timeout_seconds
         self._member: Member | None = None
         self._lock = asyncio.Lock()
@@ -71,52 +70,20 @@ class TrainerClient:
         if self._member is None:
             return ""
         try:
-            await self._post(self._member, StopRequest(), 10.0)
-        except (aiohttp.ClientError, TimeoutError, OSError):
+            await self._call(StopRequest(), Done, STOP_SECONDS)
+        except GRPOError:
             return ""
         return self._member.name
 
     async def _call(self, request: Any, reply: type[Reply], timeout_seconds: float) -> Reply:
-        member = self._member
-        assert member is not None, "connect() first"
-        name = type(request).__name__.removesuffix("Request")
-        post = asyncio.create_task(self._post(member, request, timeout_seconds))
+        assert self._member is not None, "connect() first"
+        what = str(request.__struct_config__.tag)
         try:
-            while not post.done():
-                await asyncio.wait({post}, timeout=1.0)
-                if not post.done() and not self._members.is_current(member):
-                    raise TrainerLost(f"the trainer restarted or fell silent during {name}. See trainer-0.log.")
-            answer = post.result()
-        except TimeoutError:
-            raise TrainerLost(
-                f"the trainer did not finish {name} within {timeout_seconds:.0f} s (network.requestTimeoutSeconds)."
-            ) from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise TrainerLost(
-                f"the trainer at {member.url} died during {name}: {error or type(error).__name__}. See trainer-0.log."
-            ) from error
-        except msgspec.DecodeError as error:
-            raise TrainerLost(
-                f"the trainer's answer to {name} cannot be read ({error}): not the same version of this program?"
-            ) from error
-        finally:
-            post.cancel()
-        if isinstance(answer, RemoteError):
-            raise TrainerFailed(answer)
-        if not isinstance(answer, reply):
-            raise TrainerLost(
-                f"the trainer answered {name} with {type(answer).__name__}: not the same version of this program?"
-            )
-        return answer
-
-    async def _post(self, member: Member, request: Any, timeout_seconds: float) -> Any:
-        timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=10.0)
-        async with self._session.post(
-            f"{member.url}/v1/trainer", data=codec.encode(request), headers=self._headers, timeout=timeout
-        ) as response:
-            body = await response.read()
-            if response.status >= 400:
-                raise aiohttp.ClientResponseError(
-                    response.request_info, (), status=response.status, message=body[:500].decode(errors="replace")
-                )
-            return codec.decode(body, TrainerReply)
+            answer: Reply = await self._client.ask(self._member, PATH, request, reply, timeout_seconds, what)
+            return answer
+        except RefusedError as error:
+            raise TrainerFailed(error.reply) from error
+        except LateError as error:
+            raise TrainerLost(f"{error}: {timeout_seconds:.0f} s (network.requestTimeoutSeconds)") from error
+        except PeerLostError as error:
+            raise TrainerLost(f"{error}. See trainer-0.log.") from error

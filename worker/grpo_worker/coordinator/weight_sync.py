@@ -1,35 +1,31 @@
 """The weight-sync service: which version the job is at, and which engines serve it.
 
 Invariant: an engine gets prompts only after this coordinator made it apply the current version and the engine's workers read the same
-version and digest back. A restarted engine, a restarted coordinator and an engine whose sync failed all go the same way in.
+version and digest back. A restarted engine, a restarted coordinator and an engine whose sync failed all go the same way in, beside
+training: a publish waits for the engines that were in service alone, and for none longer than it lives.
 """
 
 import asyncio
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import aiohttp
-import msgspec
-
-from grpo_worker.coordinator.members import Member, Members
+from grpo_worker.coordinator.member_client import MemberClient
+from grpo_worker.coordinator.members import Emit, Member, Members
 from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.errors import ConfigError, PeerLostError
-from grpo_worker.metric_loggers.events import Level
-from grpo_worker.protocol import codec
-from grpo_worker.protocol.auth import authorization
+from grpo_worker.protocol.http import RefusedError
 from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
     ApplyWeightsRequest,
-    ErrorReply,
     PublishReply,
     PublishRequest,
     StoreSource,
 )
 
-Emit = Callable[[Level, str, str], None]
-RETRY_SECONDS = 1.0
+RETRY_SECONDS = 1.0  # before a sync is tried again; doubles
+MAX_RETRY_SECONDS = 30.0
+ANSWER_SECONDS = 10.0  # that an engine has, after the limit, to say itself what went wrong
 MISMATCH = "WeightsMismatch"  # the tensors do not fit the engine's model: trying again cannot help
 
 
@@ -63,24 +59,15 @@ class WeightSync:
     """Publishes versions, applies them to engines, and brings engines that join into service."""
 
     def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        members: Members,
-        trainer: TrainerClient,
-        token: str,
-        timeout_seconds: float,
-        emit: Emit,
+        self, client: MemberClient, members: Members, trainer: TrainerClient, timeout_seconds: float, emit: Emit
     ) -> None:
-        self._session = session
+        self._client = client
         self._members = members
         self._trainer = trainer
-        self._headers = {**authorization(token), "Content-Type": codec.CONTENT_TYPE}
         self._timeout_seconds = timeout_seconds
         self._emit = emit
         self._source: StoreSource | None = None
-        self._applied: dict[str, tuple[str, int]] = {}  # member name -> (instance, version), as read back
-        self._busy: dict[str, asyncio.Lock] = {}
-        self._publishing = False
+        self._publishing: list[Member] = []  # `join_forever` leaves them to `publish`
 
     @property
     def version(self) -> int | None:
@@ -89,126 +76,114 @@ class WeightSync:
 
     def in_service(self) -> list[Member]:
         """Engines that serve the current version (read back), alive, by name."""
-        return [
-            m for m in self._members.alive("rollout") if self._applied.get(m.name) == (m.beat.instance, self.version)
-        ]
+        version = self.version
+        return [m for m in self._members.alive("rollout") if version is not None and m.served == version]
 
-    def served_version(self, name: str) -> int | None:
-        applied = self._applied.get(name)
-        return applied[1] if applied else None
+    def doubt(self, member: Member) -> None:
+        """It does not serve what it had read back: out of service until its next sync."""
+        member.served = None
+        self._members.notify()
 
     async def publish(self, version: int) -> SyncReport:
-        """Publish `version` and apply it to every living engine. Engines that fail leave service and are tried again by `join`.
+        """Publish `version` and apply it to every engine in service (at first: alive). Those that fail leave service, and join again.
 
-        Raises TrainerLost, TrainerFailed.
+        Raises TrainerLost, TrainerFailed, ConfigError.
         """
         started = time.monotonic()
-        self._publishing = True  # `join_forever` leaves the engines to us
+        reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
+        self._publishing = self._members.alive("rollout") if self._source is None else self.in_service()
+        self._source = reply.store
+        report = SyncReport(version, reply.seconds)
         try:
-            reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
-            self._source = reply.store
-            report = SyncReport(version, reply.seconds)
-            engines = self._members.alive("rollout")
-            results = await asyncio.gather(*(self._apply(member) for member in engines), return_exceptions=True)
+            done = await asyncio.gather(*map(self._try, self._publishing), return_exceptions=True)
         finally:
-            self._publishing = False
-        for result in results:
-            if isinstance(result, ApplyWeightsReply):
-                report.replies.append(result)
-            elif isinstance(result, PeerLostError):
-                self._emit("warning", "WeightSyncFailed", str(result))
-            elif isinstance(result, BaseException):
+            self._publishing = []
+        for result in done:
+            if isinstance(result, BaseException):
                 raise result
+            if result is not None:
+                report.replies.append(result)
         report.total_seconds = time.monotonic() - started
         self._members.notify()
         return report
 
     async def join_forever(self) -> None:
-        """Bring engines that are alive but not in service in; runs beside the training loop."""
-        while True:
-            if self._source is not None and not self._publishing:
-                waiting = [m for m in self._members.alive("rollout") if m not in self.in_service()]
-                for result in await asyncio.gather(*(self._join(member) for member in waiting), return_exceptions=True):
-                    if isinstance(result, BaseException) and not isinstance(result, PeerLostError):
-                        raise result
-            await self._members.wait(RETRY_SECONDS)
+        """Bring engines that are alive but not in service in; runs beside the training loop. Raises ConfigError."""
+        joining: dict[Member, asyncio.Task[None]] = {}
+        try:
+            while True:
+                for member in [member for member, task in joining.items() if task.done()]:
+                    joining.pop(member).result()
+                if self._source is not None:
+                    busy = [*joining, *self._publishing, *self.in_service()]
+                    for member in self._members.alive("rollout"):
+                        if member not in busy:
+                            joining[member] = asyncio.create_task(self._join(member))
+                await self._members.wait(RETRY_SECONDS)
+        finally:
+            for task in joining.values():
+                task.cancel()
+            await asyncio.gather(*joining.values(), return_exceptions=True)
 
     async def wait_in_service(self, count: int, timeout_seconds: float) -> list[Member]:
         """Until `count` engines serve the current version. Raises PeerLostError that names who is missing."""
         deadline = time.monotonic() + timeout_seconds
-        while len(serving := self.in_service()) < count:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                known = ", ".join(
-                    f"{m.name} ({m.beat.state}, silent {self._members.silent_for(m):.0f} s)"
-                    for m in self._members.all()
-                    if m.beat.role == "rollout"
-                )
-                raise PeerLostError(
-                    f"{len(serving)} of {count} rollout servers serve weights of version {self.version} after {timeout_seconds:.0f} s "
-                    f"(known: {known or 'none'}). See their logs; failurePolicy.startupTimeoutSeconds is the limit."
-                )
-            await self._members.wait(min(left, RETRY_SECONDS))
+        with self._members.waiting(f"{count} rollout servers with weights of version {self.version}"):
+            while len(serving := self.in_service()) < count:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    known = ", ".join(
+                        f"{m.name} ({self._members.state(m)}, silent {self._members.silent_for(m):.0f} s)"
+                        for m in self._members.all()
+                        if m.beat.role == "rollout"
+                    )
+                    raise PeerLostError(
+                        f"{len(serving)} of {count} rollout servers serve weights of version {self.version} after {timeout_seconds:.0f} s "
+                        f"(known: {known or 'none'}). See their logs; failurePolicy.startupTimeoutSeconds is the limit."
+                    )
+                await self._members.wait(min(left, RETRY_SECONDS))
         return serving
 
     async def _join(self, member: Member) -> None:
+        """Until the engine serves the version that is current then, or is lost."""
+        pause = RETRY_SECONDS
+        while self._members.lives(member):
+            if (reply := await self._try(member)) is not None:
+                self._emit("info", "RolloutJoined", f"{member.name} serves weights of version {reply.version}")
+                self._members.notify()
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_RETRY_SECONDS)
+
+    async def _try(self, member: Member) -> ApplyWeightsReply | None:
+        """One sync; None when it failed, which is told. Raises ConfigError."""
         try:
-            reply = await self._apply(member)
+            return await self._apply(member)
         except PeerLostError as error:
             self._emit("warning", "WeightSyncFailed", str(error))
-            raise
-        self._emit("info", "RolloutJoined", f"{member.name} serves weights of version {reply.version}")
-        self._members.notify()
+            return None
 
     async def _apply(self, member: Member) -> ApplyWeightsReply:
         """Apply the current version to one engine and check what its workers read back. Raises PeerLostError naming it."""
         source = self._source
         assert source is not None
-        async with self._busy.setdefault(member.name, asyncio.Lock()):
-            if self._applied.get(member.name) == (member.beat.instance, source.version) and source is self._source:
-                return ApplyWeightsReply(
-                    version=source.version,
-                    digest=source.digest,
-                    bytes=0,
-                    pull_seconds=0.0,
-                    apply_seconds=0.0,
-                    pause_seconds=0.0,
-                    total_seconds=0.0,
-                )
-            self._applied.pop(member.name, None)
-            request = ApplyWeightsRequest(version=source.version, store=source, timeout_seconds=self._timeout_seconds)
-            reply = await self._post(member, request)
-            if (reply.version, reply.digest) != (source.version, source.digest):
-                raise PeerLostError(
-                    f"{member.name} answered the sync of version {source.version} with version {reply.version}, digest {reply.digest[:16]} "
-                    f"in place of {source.digest[:16]}: it is kept out of service"
-                )
-            self._applied[member.name] = (member.beat.instance, source.version)
-            return reply
-
-    async def _post(self, member: Member, request: ApplyWeightsRequest) -> ApplyWeightsReply:
-        timeout = aiohttp.ClientTimeout(total=self._timeout_seconds + 10.0, sock_connect=10.0)
+        member.served = None
+        request = ApplyWeightsRequest(version=source.version, store=source, timeout_seconds=self._timeout_seconds)
+        what = f"the sync of version {source.version}"
         try:
-            async with self._session.post(
-                f"{member.url}/v1/weights", data=codec.encode(request), headers=self._headers, timeout=timeout
-            ) as response:
-                body = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._members.suspect(member.name)
+            reply: ApplyWeightsReply = await self._client.ask(
+                member, "/v1/weights", request, ApplyWeightsReply, self._timeout_seconds + ANSWER_SECONDS, what
+            )
+        except RefusedError as error:
+            if error.reply.reason == MISMATCH:
+                raise ConfigError(
+                    f"{error}. Trainer and engine do not load the same model: check model.path on both sides."
+                ) from error
+            raise
+        if (reply.version, reply.digest) != (source.version, source.digest):
             raise PeerLostError(
-                f"{member.name} at {member.url} was lost during the sync of version {request.version}: {error or type(error).__name__}"
-            ) from error
-        try:
-            if response.status >= 400:
-                refusal: ErrorReply = codec.decode(body, ErrorReply)
-                message = f"{member.name} refused version {request.version}: {refusal.message}"
-                if refusal.reason == MISMATCH:
-                    raise ConfigError(
-                        f"{message}. Trainer and engine do not load the same model: check model.path on both sides."
-                    )
-                raise PeerLostError(message)
-            return codec.decode(body, ApplyWeightsReply)
-        except msgspec.DecodeError as error:
-            raise PeerLostError(
-                f"{member.name} answered the sync with something else (status {response.status})"
-            ) from error
+                f"{member.name} answered the sync of version {source.version} with version {reply.version}, digest {reply.digest[:16]} "
+                f"in place of {source.digest[:16]}: it is kept out of service"
+            )
+        member.served = source.version
+        return reply

@@ -1,17 +1,9 @@
-"""The per-job token that guards every port of a job.
-
-Invariant: a request without the job's token is answered 401 before its body is read. Probes and metrics are open (the kubelet and Prometheus ask them).
-"""
+"""The per-job token that guards every port of a job."""
 
 import hmac
 import os
 
-from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
-
 from grpo_worker.environment import JOB_TOKEN
-
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 def job_token() -> str:
@@ -26,17 +18,3 @@ def authorization(token: str) -> dict[str, str]:
 
 def allowed(header: str, token: str) -> bool:
     return not token or hmac.compare_digest(header.encode(), f"Bearer {token}".encode())
-
-
-def middleware(token: str) -> Middleware:
-    """aiohttp middleware that enforces the invariant."""
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN_PATHS and not allowed(request.headers.get("Authorization", ""), token):
-            return web.json_response(
-                {"reason": "Unauthorized", "message": "the job's token is missing or wrong"}, status=401
-            )
-        return await handler(request)
-
-    return check

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable
 
 import aiohttp
-import msgspec
 
-from grpo_worker.protocol import codec
-from grpo_worker.protocol.auth import authorization
+from grpo_worker.errors import PeerLostError
+from grpo_worker.protocol.http import ask
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 
 MEMBERS_PATH = "/v1/members"
@@ -35,7 +34,7 @@ class HeartbeatClient:
     ) -> None:
         self.url = coordinator_url.rstrip("/") + MEMBERS_PATH
         self.reply: HeartbeatReply | None = None
-        self._headers = {**authorization(token), "Content-Type": codec.CONTENT_TYPE}
+        self._token = token
         self._interval_seconds = interval_seconds
         self._beat = beat
         self._on_reply = on_reply
@@ -53,11 +52,10 @@ class HeartbeatClient:
 
     async def run(self) -> None:
         """Until cancelled."""
-        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS)
-        async with aiohttp.ClientSession(timeout=timeout, headers=self._headers) as session:
+        async with aiohttp.ClientSession() as session:
             while True:
                 self._wake.clear()
-                await self._post(session)
+                await self._post(session, REQUEST_TIMEOUT_SECONDS)
                 try:
                     await asyncio.wait_for(self._wake.wait(), self._interval_seconds)
                 except TimeoutError:
@@ -65,18 +63,15 @@ class HeartbeatClient:
 
     async def say(self, timeout_seconds: float) -> None:
         """One more beat, after `run` was cancelled: the last word of a worker that leaves. Nobody may hear it."""
-        async with aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=timeout_seconds), headers=self._headers
-        ) as session:
-            await self._post(session)
+        async with aiohttp.ClientSession() as session:
+            await self._post(session, timeout_seconds)
 
-    async def _post(self, session: aiohttp.ClientSession) -> None:
+    async def _post(self, session: aiohttp.ClientSession, timeout_seconds: float) -> None:
         try:
-            async with session.post(self.url, data=codec.encode(self._beat())) as response:
-                body = await response.read()
-                response.raise_for_status()
-            self.reply = codec.decode(body, HeartbeatReply)
-        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+            reply: HeartbeatReply = await ask(
+                session, self.url, self._beat(), HeartbeatReply, self._token, timeout_seconds
+            )
+        except (PeerLostError, TimeoutError) as error:
             log.warning(
                 "heartbeat to %s failed: %s (silent for %.0f s)",
                 self.url,
@@ -84,6 +79,6 @@ class HeartbeatClient:
                 self.silent_seconds,
             )
             return
-        self._answered = time.monotonic()
+        self.reply, self._answered = reply, time.monotonic()
         if self._on_reply is not None:
-            self._on_reply(self.reply)
+            self._on_reply(reply)

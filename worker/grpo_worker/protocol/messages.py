@@ -9,8 +9,6 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-PROTOCOL_VERSION = 1
-
 
 class Array(msgspec.Struct, array_like=True, frozen=True):
     """A one-dimensional NumPy array on the wire: dtype name and little-endian bytes."""
@@ -25,6 +23,16 @@ class Array(msgspec.Struct, array_like=True, frozen=True):
     def numpy(self) -> np.ndarray:
         """Read-only view of the values, `[length]`."""
         return np.frombuffer(self.data, dtype=self.dtype)
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The one error of the protocol: body of each reply with a status of 400 and above, as JSON; and what a trainer's rank tells the
+    others when it ends."""
+
+    reason: str  # a word of the contract, e.g. "InvalidRequest", "EngineDead", "StaleWeights", "OutOfMemory"
+    message: str
+    exit_code: int = 75  # of the process, if it ends with this error
+    recoverable: bool = False  # nothing has changed and the process goes on
 
 
 # --- membership ---------------------------------------------------------------------------------------------------------------
@@ -145,13 +153,6 @@ class ApplyWeightsReply(msgspec.Struct, frozen=True, kw_only=True):
     total_seconds: float
 
 
-class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of each reply with a status of 400 and above."""
-
-    reason: str  # a word of the contract, e.g. "PromptTooLong", "Paused", "EngineDead", "StaleWeights"
-    message: str
-
-
 # --- trainer ------------------------------------------------------------------------------------------------------------------
 
 
@@ -240,17 +241,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     pass
 
 
-class RemoteError(msgspec.Struct, frozen=True, kw_only=True, tag="error"):
-    """The operation failed on some rank; the trainer process ends with `exit_code` unless `recoverable`."""
-
-    reason: str
-    message: str
-    exit_code: int
-    recoverable: bool = False
-
-
-# POST /v1/trainer takes one of these as msgpack and answers with one of TrainerReply.
+# POST /v1/trainer takes one of these as msgpack and answers with one of TrainerReply, or with an ErrorReply.
 TrainerRequest = (
     LogProbsRequest | UpdateRequest | PublishRequest | SaveRequest | SaveStatusRequest | LoadRequest | StopRequest
 )
-TrainerReply = LogProbsReply | UpdateReply | PublishReply | SaveReply | SaveStatusReply | LoadReply | Done | RemoteError
+TrainerReply = LogProbsReply | UpdateReply | PublishReply | SaveReply | SaveStatusReply | LoadReply | Done

@@ -8,17 +8,17 @@ on.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from grpo_worker.errors import GRPOError, StalledError
-from grpo_worker.protocol import auth, codec
-from grpo_worker.protocol.messages import ApplyWeightsRequest, ErrorReply, GenerateEnd, GenerateRequest
+from grpo_worker.protocol import codec
+from grpo_worker.protocol.http import answer, door, read, refused
+from grpo_worker.protocol.messages import ApplyWeightsRequest, GenerateEnd, GenerateRequest
 from grpo_worker.rollout import metrics
 from grpo_worker.rollout.engine import EngineDeadError, RolloutEngine
 from grpo_worker.rollout.generation import generate
@@ -34,38 +34,6 @@ STATUS_OF_ERROR: dict[type[GRPOError], int] = {
 }  # fmt: skip
 
 
-class RefusedError(Exception):
-    """A request that is answered with an `ErrorReply`."""
-
-    def __init__(self, status: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.reply = status, ErrorReply(reason=reason, message=message)
-
-
-@web.middleware
-async def error_replies(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Turn errors into `ErrorReply` bodies."""
-    try:
-        return await handler(request)
-    except RefusedError as error:
-        refused = error
-    except GRPOError as error:
-        status = next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), 502)
-        refused = RefusedError(status, error.reason, str(error))
-    except web.HTTPRequestEntityTooLarge:
-        refused = RefusedError(
-            413,
-            "RequestTooLarge",
-            f"the body is over the limit of {MAX_BODY_BYTES} bytes; send fewer prompts at a time",
-        )
-    except web.HTTPException as error:
-        refused = RefusedError(error.status, error.reason.replace(" ", ""), error.reason)
-    metrics.ERRORS.labels(refused.reply.reason).inc()
-    return web.Response(status=refused.status, body=codec.encode(refused.reply), content_type=codec.CONTENT_TYPE)
-
-
 class RolloutServer:
     """The routes of one replica."""
 
@@ -74,8 +42,8 @@ class RolloutServer:
         self.started = False  # set once the engine has loaded
 
     def app(self) -> web.Application:
-        middlewares: list[Any] = [auth.middleware(self._token), error_replies]
-        app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
+        entrance = door(self._token, STATUS_OF_ERROR, lambda reason: metrics.ERRORS.labels(reason).inc())
+        app = web.Application(middlewares=[entrance], client_max_size=MAX_BODY_BYTES)
         app.add_routes([
             web.post("/v1/generate", self._generate), web.post("/v1/weights", self._weights),
             web.get("/healthz", self._healthz), web.get("/readyz", self._readyz), web.get("/metrics", self._metrics),
@@ -85,10 +53,10 @@ class RolloutServer:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         message: GenerateRequest = await self._read(request, GenerateRequest)
         if problem := invalid(message):
-            raise RefusedError(400, "InvalidRequest", problem)
+            raise refused(400, "InvalidRequest", problem)
         wanted, version = message.min_weight_version, self._engine.weight_version
         if self._engine.broken or (wanted is not None and (version is None or version < wanted)):
-            raise RefusedError(
+            raise refused(
                 409, "StaleWeights",
                 self._engine.broken or f"the engine serves weight version {version}, the request needs {wanted} or newer. Sync this replica first.",
             )  # fmt: skip
@@ -108,7 +76,7 @@ class RolloutServer:
     async def _weights(self, request: web.Request) -> web.StreamResponse:
         message: ApplyWeightsRequest = await self._read(request, ApplyWeightsRequest)
         if message.version != message.store.version or message.timeout_seconds <= 0:
-            raise RefusedError(
+            raise refused(
                 400,
                 "InvalidRequest",
                 f"version {message.version} with store version {message.store.version}, timeout {message.timeout_seconds}",
@@ -125,7 +93,7 @@ class RolloutServer:
         metrics.WEIGHT_SYNC_BYTES.inc(reply.bytes)
         for part in ("pull", "apply", "pause", "total"):
             metrics.WEIGHT_SYNC_SECONDS.labels(part).observe(getattr(reply, f"{part}_seconds"))
-        return web.Response(body=codec.encode(reply), content_type=codec.CONTENT_TYPE)
+        return answer(reply)
 
     async def _healthz(self, request: web.Request) -> web.Response:
         if not self.started:
@@ -141,15 +109,11 @@ class RolloutServer:
         return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _read(self, request: web.Request, kind: type[T]) -> T:
-        body = await request.read()
+        message: T = await read(request, kind, f"a {kind.__name__}")
         if not self.started:
-            raise RefusedError(503, "Starting", "the engine is loading the model; try again when /readyz says so")
+            raise refused(503, "Starting", "the engine is loading the model; try again when /readyz says so")
         if self._engine.dead:
             await self._engine.check_health()
-        try:
-            message: T = codec.decode(body, kind)
-        except msgspec.DecodeError as error:
-            raise RefusedError(400, "InvalidRequest", f"the body is not a {kind.__name__}: {error}") from error
         return message
 
 

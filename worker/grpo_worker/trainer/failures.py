@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from grpo_worker.errors import CheckpointDamagedError, DeviceError, ExitCode, GRPOError, one_line
-from grpo_worker.protocol.messages import RemoteError
+from grpo_worker.protocol.messages import ErrorReply
 
 
 class OperationRefused(Exception):
@@ -18,33 +18,33 @@ class OperationRefused(Exception):
         self.error = error
 
 
-def remote_error(exception: BaseException, operation: str, rank: int) -> RemoteError:
+def remote_error(exception: BaseException, operation: str, rank: int) -> ErrorReply:
     """What the caller, and this process's supervisor, are told."""
     where = f"trainer rank {rank}, {operation}"
     said = root_cause(exception)
     if isinstance(exception, OperationRefused):
         cause = exception.error
-        return RemoteError(reason=cause.reason, message=str(cause), exit_code=int(cause.exit_code), recoverable=True)
+        return ErrorReply(reason=cause.reason, message=str(cause), exit_code=int(cause.exit_code), recoverable=True)
     if isinstance(exception, GRPOError):
-        return RemoteError(reason=exception.reason, message=str(exception), exit_code=int(exception.exit_code))
+        return ErrorReply(reason=exception.reason, message=str(exception), exit_code=int(exception.exit_code))
     if isinstance(exception, (torch.OutOfMemoryError, MemoryError)):
         message = (
             f"{where}: out of memory: {said} Lower actor.ppoMaxTokenLenPerGPU (or ppoMicroBatchSizePerGPU), set "
             "model.enableGradientCheckpointing: true, or offload with actor.fsdp.paramOffload and optimizerOffload."
         )
-        return RemoteError(reason="OutOfMemory", message=message, exit_code=int(ExitCode.CONFIG))
+        return ErrorReply(reason="OutOfMemory", message=message, exit_code=int(ExitCode.CONFIG))
     if isinstance(exception, dist.DistError) or "gloo" in said.lower() or "Connection closed by peer" in said:
         if "NCCL" in str(exception):
-            return RemoteError(reason=DeviceError.reason, message=f"{where}: {said}", exit_code=int(ExitCode.DEVICE))
+            return ErrorReply(reason=DeviceError.reason, message=f"{where}: {said}", exit_code=int(ExitCode.DEVICE))
         message = f"{where}: another rank is gone: {said}"
-        return RemoteError(reason="RankLost", message=message, exit_code=int(ExitCode.RETRY))
+        return ErrorReply(reason="RankLost", message=message, exit_code=int(ExitCode.RETRY))
     if "CUDA error" in str(exception) or "NCCL" in str(exception):
-        return RemoteError(reason=DeviceError.reason, message=f"{where}: {said}", exit_code=int(ExitCode.DEVICE))
+        return ErrorReply(reason=DeviceError.reason, message=f"{where}: {said}", exit_code=int(ExitCode.DEVICE))
     message = f"{where}: {type(exception).__name__}: {said}"
-    return RemoteError(reason="InternalError", message=message, exit_code=int(ExitCode.INTERNAL))
+    return ErrorReply(reason="InternalError", message=message, exit_code=int(ExitCode.INTERNAL))
 
 
-def as_error(remote: RemoteError) -> GRPOError:
+def as_error(remote: ErrorReply) -> GRPOError:
     """The error that another rank had, to be raised here."""
     error = GRPOError(remote.message)
     error.reason, error.exit_code = remote.reason, ExitCode(remote.exit_code)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from grpo_worker.errors import ExitCode, YieldedError
 from grpo_worker.protocol import codec
-from grpo_worker.protocol.messages import RemoteError, StopRequest, TrainerReply, TrainerRequest
+from grpo_worker.protocol.messages import ErrorReply, StopRequest, TrainerReply, TrainerRequest
 from grpo_worker.trainer.distributed import ERROR_KEY, TERMINATING_KEY, Ranks, broadcast_bytes, open_store
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused, as_error, remote_error
@@ -57,7 +57,7 @@ def follow(engine: TrainerEngine) -> None:
         message = _share(None, engine.ranks)
         kind, body = message[:1], message[1:]
         if kind == EXIT:
-            return _end(codec.decode(body, RemoteError))
+            return _end(codec.decode(body, ErrorReply))
         if kind == OPERATION:
             request: TrainerRequest = codec.decode(body, TrainerRequest)
             try:
@@ -91,7 +91,7 @@ def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:
             except (RuntimeError, dist.DistError):
                 return  # the store ends with the process
             if failed:
-                error: RemoteError = codec.decode(store.get(ERROR_KEY), RemoteError)
+                error: ErrorReply = codec.decode(store.get(ERROR_KEY), ErrorReply)
                 log.error("%s", error.message)
                 server.fail_current(error)
                 server.close(REPLY_GRACE_SECONDS)
@@ -122,7 +122,7 @@ def tell_when_terminated(ranks: Ranks, name: str, terminated: threading.Event) -
     threading.Thread(target=tell, name="termination", daemon=True).start()
 
 
-def _lead_one(engine: TrainerEngine, server: TrainerServer, operation: Operation) -> RemoteError | None:
+def _lead_one(engine: TrainerEngine, server: TrainerServer, operation: Operation) -> ErrorReply | None:
     """Run and answer one operation; the error when the process has to end."""
     request, started = operation.request, time.perf_counter()
     try:
@@ -141,32 +141,32 @@ def _lead_one(engine: TrainerEngine, server: TrainerServer, operation: Operation
     return None
 
 
-def _other_ranks_error(ranks: Ranks) -> RemoteError | None:
+def _other_ranks_error(ranks: Ranks) -> ErrorReply | None:
     """When rank 0 fails because another rank did, that rank's error is the one to tell."""
     if ranks.world_size == 1:
         return None
     time.sleep(TICK_SECONDS)
     try:
-        return codec.decode(ranks.store.get(ERROR_KEY), RemoteError) if ranks.store.check([ERROR_KEY]) else None
+        return codec.decode(ranks.store.get(ERROR_KEY), ErrorReply) if ranks.store.check([ERROR_KEY]) else None
     except (RuntimeError, dist.DistError):
         return None
 
 
-def _reason_to_end(server: TrainerServer, options: TrainerOptions, terminated: threading.Event) -> RemoteError | None:
+def _reason_to_end(server: TrainerServer, options: TrainerOptions, terminated: threading.Event) -> ErrorReply | None:
     """SIGTERM alone is no reason: the coordinator has it too, and may still want a checkpoint from us."""
     if server.told_to_stop:
-        return RemoteError(reason="Done", message="the job is over", exit_code=int(ExitCode.DONE))
+        return ErrorReply(reason="Done", message="the job is over", exit_code=int(ExitCode.DONE))
     silent = server.silent_seconds
     if terminated.is_set() and (not options.coordinator_url or silent > TERMINATED_SILENCE_SECONDS):
         message = "stopped by SIGTERM; there is no coordinator that could still want a checkpoint"
-        return RemoteError(reason=YieldedError.reason, message=message, exit_code=int(ExitCode.YIELDED))
+        return ErrorReply(reason=YieldedError.reason, message=message, exit_code=int(ExitCode.YIELDED))
     if silent > COORDINATOR_LOST_SECONDS:
         message = f"the coordinator at {options.coordinator_url} has not answered for {silent:.0f} s"
-        return RemoteError(reason="CoordinatorLost", message=message, exit_code=int(ExitCode.RETRY))
+        return ErrorReply(reason="CoordinatorLost", message=message, exit_code=int(ExitCode.RETRY))
     return None
 
 
-def _end(reason: RemoteError) -> None:
+def _end(reason: ErrorReply) -> None:
     if reason.exit_code != ExitCode.DONE:
         raise as_error(reason)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol import codec
-from grpo_worker.protocol.messages import RemoteError, StoreSource
+from grpo_worker.protocol.messages import ErrorReply, StoreSource
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes
 from grpo_worker.trainer.failures import OperationRefused, as_error
 from grpo_worker.trainer.model import PolicyModel, gathered_parameters, named_parameters
@@ -55,13 +55,13 @@ class Publisher:
                 writer = self.store.begin(version, tensor_specs(model, self.dtype))
             except GRPOError as error:
                 refusal = codec.encode(
-                    RemoteError(
+                    ErrorReply(
                         reason=error.reason, message=str(error), exit_code=int(error.exit_code), recoverable=True
                     )
                 )
         refusal = broadcast_bytes(refusal if self.ranks.is_first else None, self.ranks)
         if refusal:
-            raise OperationRefused(as_error(codec.decode(refusal, RemoteError)))
+            raise OperationRefused(as_error(codec.decode(refusal, ErrorReply)))
         return writer
 
 

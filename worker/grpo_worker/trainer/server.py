@@ -13,14 +13,13 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Literal
 
-import msgspec
 from aiohttp import web
 
 from grpo_worker.errors import ConfigError
-from grpo_worker.protocol import auth, codec
 from grpo_worker.protocol.heartbeat import HeartbeatClient
+from grpo_worker.protocol.http import answer, door, error_answer, read, refused
 from grpo_worker.protocol.messages import (
     ErrorReply,
     Heartbeat,
@@ -47,9 +46,9 @@ class Operation:
     def __init__(self, request: TrainerRequest, body: bytes) -> None:
         self.request = request
         self.body = body
-        self.reply: Future[TrainerReply] = Future()
+        self.reply: Future[TrainerReply | ErrorReply] = Future()
 
-    def answer(self, reply: TrainerReply) -> None:
+    def answer(self, reply: TrainerReply | ErrorReply) -> None:
         if not self.reply.done():
             self.reply.set_result(reply)
 
@@ -107,7 +106,7 @@ class TrainerServer:
             return None
         return self._current
 
-    def fail_current(self, reply: TrainerReply) -> None:
+    def fail_current(self, reply: ErrorReply) -> None:
         """Answer what is being worked on (from any thread): the process is about to end."""
         if self._current is not None:
             self._current.answer(reply)
@@ -133,8 +132,7 @@ class TrainerServer:
 
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        guard: Any = auth.middleware(self._token)
-        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[guard])
+        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[door(self._token)])
         app.router.add_post("/v1/trainer", self._operate)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
@@ -183,33 +181,33 @@ class TrainerServer:
 
     async def _operate(self, http: web.Request) -> web.Response:
         body = await http.read()
-        try:
-            request: TrainerRequest = codec.decode(body, TrainerRequest)
-        except msgspec.MsgspecError as error:
-            return _error(400, "InvalidRequest", str(error))
+        request: TrainerRequest = await read(http, TrainerRequest, "an operation of the trainer")
         if isinstance(request, SaveStatusRequest):
             wait = min(request.wait_seconds, MAX_STATUS_WAIT_SECONDS)
-            return _reply(await asyncio.to_thread(self._save_status, wait))
+            return answer(await asyncio.to_thread(self._save_status, wait))
         if self.state != "ready":
-            return _error(503, "NotReady", f"the trainer is {self.state}: {self.message or 'loading the model'}")
+            raise refused(503, "NotReady", f"the trainer is {self.state}: {self.message or 'loading the model'}")
         operation = Operation(request, body)
         try:
             self._operations.put_nowait(operation)
         except queue.Full:
-            return _error(503, "Busy", f"{QUEUED_OPERATIONS} operations are waiting already")
+            raise refused(503, "Busy", f"{QUEUED_OPERATIONS} operations are waiting already") from None
         self._unsent += 1
         limit = self._options.spec.network.request_timeout_seconds
         try:
             future = asyncio.wrap_future(operation.reply)
             return await self._send(http, await asyncio.wait_for(future, limit))
         except TimeoutError:
-            return _error(504, "Timeout", f"not done within {limit:.0f} s")
+            raise refused(504, "Timeout", f"not done within {limit:.0f} s") from None
         finally:
             self._unsent -= 1
 
-    async def _send(self, http: web.Request, reply: TrainerReply) -> web.Response:
+    async def _send(self, http: web.Request, reply: TrainerReply | ErrorReply) -> web.Response:
         """Write the whole reply here: the process may end as soon as it is on its way."""
-        response = _reply(reply)
+        if isinstance(reply, ErrorReply):
+            response = error_answer(409 if reply.recoverable else 500, reply)
+        else:
+            response = answer(reply)
         await response.prepare(http)
         await response.write_eof()
         return response
@@ -224,12 +222,3 @@ class TrainerServer:
         return web.Response(
             body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         )
-
-
-def _reply(reply: TrainerReply) -> web.Response:
-    return web.Response(body=codec.encode(reply), content_type=codec.CONTENT_TYPE)
-
-
-def _error(status: int, reason: str, message: str) -> web.Response:
-    body = codec.encode(ErrorReply(reason=reason, message=message))
-    return web.Response(status=status, body=body, content_type=codec.CONTENT_TYPE)

@@ -18,10 +18,10 @@ from grpo_worker.coordinator.agents.episode import Episode, TurnRequest
 from grpo_worker.coordinator.agents.load import Agent
 from grpo_worker.coordinator.agents.thread import AgentRuntime, AgentThread
 from grpo_worker.coordinator.dispatch import PERMANENT, DispatchOptions, ServiceLimit, derived_seed, prompt_seed
-from grpo_worker.coordinator.engine_client import EngineClient
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
-from grpo_worker.coordinator.members import Member, Members
-from grpo_worker.coordinator.weight_sync import Emit, WeightSync
+from grpo_worker.coordinator.member_client import MemberClient
+from grpo_worker.coordinator.members import Emit, Member, Members
+from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.errors import PeerLostError
 from grpo_worker.functions import traceback_tail
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, SampleResult
@@ -84,7 +84,7 @@ class AgentDispatcher:
 
     def __init__(
         self,
-        engines: EngineClient,
+        client: MemberClient,
         members: Members,
         weights: WeightSync,
         emit: Emit,
@@ -92,7 +92,7 @@ class AgentDispatcher:
         setup: AgentSetup,
         on_done: Callable[[Group], None],
     ) -> None:
-        self._engines = engines
+        self._client = client
         self._members = members
         self._weights = weights
         self._emit = emit
@@ -315,7 +315,7 @@ class AgentDispatcher:
         results: list[GroupResult] = []
         lost = ""
         try:
-            end = await self._engines.generate(member, self._request(play, turn), results.append)
+            end = await self._client.generate(member, self._request(play, turn), results.append)
             self.generated_tokens += end.generated_tokens
         except PeerLostError as error:
             lost = str(error)
@@ -330,7 +330,7 @@ class AgentDispatcher:
                 self._give_up(play, _GivenUp.AGAIN, reason)
             return reason
         reason = lost or f"{member.name} ended its reply early"
-        self._members.suspect(member.name)
+        self._members.suspect(member)
         if (told := (member.name, member.beat.instance)) not in self._lost:
             self._lost.add(told)
             self._emit("warning", "RolloutLost", f"{reason}; its turns go to another engine")
