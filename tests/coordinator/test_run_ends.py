@@ -92,6 +92,40 @@ async def test_a_judge_that_breaks_costs_no_step(stage: Stage, staleness: int) -
     assert [line["step"] for line in stage.records("metrics.jsonl")] == list(range(1, 13))
 
 
+async def test_a_judge_that_is_away_for_a_while_costs_nothing(stage: Stage) -> None:
+    """It comes back while the samples wait; the same outage without TryAgain would have failed more than half of a step."""
+    flag = stage.root / "down"
+    flag.touch()
+    body = f"""    from grpo_worker.rewards import TryAgain
+    if pathlib.Path({str(flag)!r}).exists():
+        raise TryAgain("the judge is restarting")
+    return float(len(sample.response) % 2 + (sample.response[:1] == "1"))
+"""
+    async with stage.members(Engine("rollout-0")):
+        training = asyncio.create_task(stage.train(stage.job(reward=scoring(stage, body))))
+        async with asyncio.timeout(30):
+            while not (stage.root / "run" / "events.jsonl").exists() or not events(stage, "RewardTryAgain"):
+                await asyncio.sleep(0.02)
+        flag.unlink()
+        await training
+    assert once_an_epoch(stage.trained())
+    (message,) = events(stage, "RewardTryAgain")
+    assert message.endswith("the judge is restarting")
+    first = stage.records("metrics.jsonl")[0]
+    assert first["reward/failures"] == 0
+    assert first["reward/tried_again"] >= 8
+
+
+async def test_a_judge_that_stays_away_ends_the_run_at_the_bound(stage: Stage) -> None:
+    body = """    from grpo_worker.rewards import TryAgain
+    raise TryAgain("the judge is gone")
+"""
+    job = stage.job(reward=scoring(stage, body) | {"retrySeconds": 0.2})
+    async with stage.members(Engine("rollout-0")):
+        with pytest.raises(DataError, match=r"8 of 8 samples .*8 unavailable.*retrySeconds\): the judge is gone"):
+            await stage.train(job)
+
+
 async def test_data_that_breaks_off_costs_no_step(stage: Stage) -> None:
     """The files change while they are read: found when the next row group is opened, in the second epoch."""
     async with stage.members(Engine("rollout-0")):

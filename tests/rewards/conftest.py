@@ -12,6 +12,8 @@ MISBEHAVING = '''
 import ctypes, os, re, subprocess, sys, time
 from pathlib import Path
 
+from grpo_worker.rewards import TryAgain
+
 def echo(sample):
     return {"score": float(sample.response), "pid": os.getpid()}
 
@@ -73,6 +75,13 @@ def misbehave(sample, folder=""):
         return float(sys.stdin.read() == "")
     if word == "memory":
         return float(len(bytearray(8 << 30)))
+    if word.startswith("busy"):  # N times, or for ever
+        asked = Path(folder, word)
+        number = len(asked.read_text()) if asked.exists() else 0
+        asked.write_text("x" * (number + 1))
+        if number < int(word[5:] or 10**9):
+            raise TryAgain("the judge answered 503")
+        return 1.0
     if word == "token":
         return float("GRPO_JOB_TOKEN" in os.environ)
     return float(word)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,15 +23,8 @@ Make = Callable[..., RewardInput]
 LIMIT_SECONDS = 1.0
 
 
-def misbehaving(folder: Path, workers: int = 1, memory_limit_bytes: int | None = None) -> RewardPool:
-    return RewardPool(
-        "misbehaving:misbehave",
-        {"folder": str(folder)},
-        workers,
-        LIMIT_SECONDS,
-        60.0,
-        memory_limit_bytes=memory_limit_bytes,
-    )
+def misbehaving(folder: Path, workers: int = 1, **keywords: Any) -> RewardPool:
+    return RewardPool("misbehaving:misbehave", {"folder": str(folder)}, workers, LIMIT_SECONDS, 60.0, **keywords)
 
 
 async def score(pool: RewardPool, sample: RewardInput) -> RewardOutcome:
@@ -123,6 +117,63 @@ async def test_what_user_code_prints_and_forks_does_not_reach_the_protocol(
     async with misbehaving(user_folder) as pool:
         assert kinds(await pool.score_many([sample(word), sample("2")])) == [1.0, 2.0]
         assert pool.metrics()["restarts"] == 0
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_worker.rewards.pool._FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr("grpo_worker.rewards.pool._LONGEST_PAUSE_SECONDS", 0.1)
+
+
+async def test_a_call_is_made_again_when_the_function_asks_for_it(
+    user_folder: Path, sample: Make, impatient: None
+) -> None:
+    heard: list[str] = []
+    async with misbehaving(user_folder, retry_seconds=20.0, on_refusal=heard.append) as pool:
+        outcomes = await pool.score_many([sample("busy 3"), sample("2"), sample("busy 1")])
+        assert kinds(outcomes) == [1.0, 2.0, 1.0]
+        assert [outcome.refusals for outcome in outcomes] == [3, 0, 1]
+        assert pool.metrics()["restarts"] == 0
+    assert heard == ["the judge answered 503"]  # once, not for each sample
+
+
+async def test_who_waits_for_another_try_holds_no_worker(user_folder: Path, sample: Make) -> None:
+    async with misbehaving(user_folder, retry_seconds=20.0) as pool:
+        busy = asyncio.ensure_future(score(pool, sample("busy 1")))
+        while not (user_folder / "busy 1").exists():
+            await asyncio.sleep(0.01)
+        assert kinds(await pool.score_many([sample(str(n)) for n in range(20)])) == list(range(20))
+        assert not busy.done()  # its pause is half a second or more
+        assert kinds([await busy]) == [1.0]
+
+
+@pytest.mark.parametrize("retry_seconds", [0.0, 0.5])
+async def test_a_judge_that_stays_away_fails_the_sample_at_the_bound(
+    user_folder: Path, sample: Make, impatient: None, retry_seconds: float
+) -> None:
+    async with misbehaving(user_folder, retry_seconds=retry_seconds) as pool:
+        started = asyncio.get_running_loop().time()
+        outcome = await score(pool, sample("busy"))
+        waited = asyncio.get_running_loop().time() - started
+        assert kinds([outcome]) == ["unavailable"]
+        assert outcome.failure is not None
+        assert "reward.retrySeconds): the judge answered 503" in outcome.failure.message
+        assert waited >= retry_seconds
+        calls = len((user_folder / "busy").read_text())
+        assert calls == outcome.refusals
+        assert calls == 1 if not retry_seconds else 4 < calls < 30  # ever further apart
+        assert pool.metrics()["unavailable"] == 1
+
+
+async def test_closing_ends_the_wait_for_another_try(user_folder: Path, sample: Make) -> None:
+    pool = misbehaving(user_folder, retry_seconds=1000.0)
+    await pool.start()
+    busy = asyncio.ensure_future(score(pool, sample("busy")))
+    while not (user_folder / "busy").exists():
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(pool.close(), 5.0)
+    with pytest.raises(PoolClosedError):
+        await busy
 
 
 async def test_a_memory_limit_turns_a_runaway_into_an_exception(user_folder: Path, sample: Make) -> None:

@@ -58,6 +58,10 @@ class Reward(Section):
     timeout_seconds: float = field(
         10.0, "Limit of one call; a call over it is killed and counted, never scored 0.", unit="seconds", gt=0
     )
+    retry_seconds: float = field(
+        600.0, "For so long a call that raises TryAgain is made again, ever further apart; then the sample has failed.",
+        unit="seconds", ge=0,
+    )  # fmt: skip
     workers: int = field(2, "Processes that score.", verl="reward_model.num_workers", unit="processes", ge=1)
     max_failure_ratio: float = field(
         0.5, "A step in which more than this share of the samples could not be scored stops the job.", ge=0, le=1

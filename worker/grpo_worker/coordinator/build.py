@@ -81,7 +81,7 @@ async def build(
         tokenizer, data, validation_prompts = await asyncio.to_thread(_open_data, spec, events)
     _check_decay(spec, data)
     with startup.part("rewards"):
-        scorer = await _start_scorer(spec, tokenizer, stack)
+        scorer = await _start_scorer(spec, tokenizer, events, stack)
     make_dispatcher = _dispatchers(outside, None)
     if agent is not None and spec.rollout.agent is not None:
         runtime = await asyncio.to_thread(AgentRuntime, tokenizer.tokenizer)
@@ -162,14 +162,23 @@ def _check_decay(spec: Spec, data: BlockDataset) -> None:
     check_decay(spec.actor.optim.lr_scheduler, spec.actor.optim.lr_warmup_steps, updates)
 
 
-async def _start_scorer(spec: Spec, tokenizer: TokenizerInfo, stack: contextlib.AsyncExitStack) -> Scorer:
+async def _start_scorer(
+    spec: Spec, tokenizer: TokenizerInfo, events: EventLog, stack: contextlib.AsyncExitStack
+) -> Scorer:
     reward, dynamic = spec.reward, spec.algorithm.filter_groups
+
+    def refused(message: str) -> None:
+        text = f"reward.function asks to be tried again, and is for {reward.retry_seconds:g} s (reward.retrySeconds): {message}"
+        events.emit("warning", "RewardTryAgain", text)
+
     pool = RewardPool(
         reward.function,
         dict(reward.options),
         reward.workers,
         reward.timeout_seconds,
         spec.failure_policy.startup_timeout_seconds,
+        retry_seconds=reward.retry_seconds,
+        on_refusal=refused,
     )
     await stack.enter_async_context(pool)
     scorer = Scorer(

@@ -66,15 +66,17 @@ def nothing_to_train(step: int, filtered: Sequence[Group], failed: Sequence[Grou
 
 @dataclass
 class FailureCount:
-    """Samples of the current step that were tried and that failed."""
+    """Samples of the current step that were tried and that failed, and calls that the reward function asked to make again."""
 
     scored: int = 0
     failed: int = 0
+    tried_again: int = 0
     last_message: str = ""
     kinds: dict[str, int] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        return {"reward/failures": float(self.failed), **{f"reward/{kind}": float(n) for kind, n in self.kinds.items()}}
+        kinds = {**self.kinds, **({"tried_again": self.tried_again} if self.tried_again else {})}
+        return {"reward/failures": float(self.failed), **{f"reward/{kind}": float(n) for kind, n in kinds.items()}}
 
 
 class Scorer:
@@ -164,6 +166,7 @@ class Scorer:
         on_end(group)
 
     def _accept(self, group: Group, sample: Sample, outcome: RewardOutcome, counts: FailureCount) -> bool:
+        counts.tried_again += outcome.refusals
         if outcome.failure is None:
             sample.reward = outcome.result
             counts.scored += 1

@@ -10,3 +10,7 @@ of milliseconds.
     pool         RewardPool: score samples; process: one worker seen from the parent
     worker       the program that a worker runs; wire: the frames between the two
 """
+
+from grpo_worker.rewards.base import RewardInput, RewardResult, TryAgain
+
+__all__ = ["RewardInput", "RewardResult", "TryAgain"]

@@ -40,6 +40,11 @@ RewardValue = float | dict[str, Any] | RewardResult
 RewardFunction = Callable[[RewardInput], RewardResult]
 
 
+class TryAgain(Exception):
+    """For a reward function to raise when what it asks is not there just now (a judge that answers 503, a full queue): this call is made
+    again after a while, for `reward.retrySeconds` at most. The message says what was not there."""
+
+
 class InvalidRewardError(ValueError):
     """A reward function returned something that is not a finite score."""
 

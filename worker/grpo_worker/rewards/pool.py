@@ -1,30 +1,37 @@
 """Scores samples in killable worker processes: asyncio in front, a time limit on each call behind.
 
-Invariant: each sample given to the pool ends as exactly one RewardOutcome, a result or a failure with its kind, and
-at most one more call is made for it (a crash is tried once more, first of all on a fresh worker: the same sample
-crashing twice is no accident). A worker that hangs or dies takes one sample with it; the others it had been sent go
-back to the head of the queue. The event loop never waits.
+Invariant: each sample given to the pool ends as exactly one RewardOutcome, a result or a failure with its kind. One more
+call is made for it after a crash (first of all on a fresh worker: the same sample crashing twice is no accident), and
+more of them, ever further apart, while the function asks for that (TryAgain) and its time is not over; meanwhile the
+sample holds no worker. A worker that hangs or dies takes one sample with it; the others it had been sent go back to the
+head of the queue. The event loop never waits.
 """
 
 import asyncio
 import math
 import pickle
+import random
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from grpo_worker.errors import DataError, RetryableError, UsageError
 from grpo_worker.rewards.base import RewardInput, RewardResult
 from grpo_worker.rewards.process import Loss, WorkerProcess
-from grpo_worker.rewards.wire import Failed, FailureKind, LoadFailed, Ready, Reply, Scored, Setup
+from grpo_worker.rewards.wire import Failed, FailureKind, LoadFailed, NotNow, Ready, Reply, Scored, Setup
 
 # A worker is sent calls ahead, so that it need not wait for the pool between two fast ones: this many seconds' worth,
 # at most so many.
 _AHEAD_SECONDS = 0.05
 _AHEAD_CALLS = 64
+# Pause before a call is made again after TryAgain: doubled each time, spread so that a judge that comes back is not met
+# by all samples at once.
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+_NOTICE_SECONDS = 60.0
 # Replacements that fail to start in a row before the pool gives up, and the pause before each new try.
 _START_TRIES = 4
 _RESTART_PAUSE_SECONDS = 0.5
@@ -43,11 +50,12 @@ class RewardFailure:
 
 @dataclass(frozen=True)
 class RewardOutcome:
-    """Either `result` or `failure`; `seconds` is the time inside the reward function."""
+    """Either `result` or `failure`; `seconds` is the time inside the reward function, `refusals` how often it asked for another try."""
 
     result: RewardResult | None
     failure: RewardFailure | None
     seconds: float
+    refusals: int = 0
 
 
 class PoolClosedError(RuntimeError):
@@ -59,6 +67,8 @@ class _Call:
     sample: RewardInput
     outcome: asyncio.Future[RewardOutcome]
     crashes: int = 0
+    refusals: int = 0  # TryAgain
+    give_up_time: float = math.inf  # on the event loop's clock; set by the first refusal
 
 
 @dataclass(eq=False)
@@ -75,7 +85,8 @@ class RewardPool:
     """`workers` processes that each loaded the function `function_name` with `options` (see lookup.resolve).
 
     `timeout_seconds` limits each call, `startup_timeout_seconds` the loading of the function (imports included).
-    `memory_limit_bytes` caps a worker's address space (RLIMIT_AS), so that a runaway verifier gets a MemoryError. Use
+    `retry_seconds`: for so long a call that raises TryAgain is made again; `on_refusal` hears of it, once a minute at
+    most. `memory_limit_bytes` caps a worker's address space (RLIMIT_AS), so that a runaway verifier gets a MemoryError. Use
     from one event loop:
 
         async with RewardPool("gsm8k", {}, workers=2, timeout_seconds=5, startup_timeout_seconds=60) as pool:
@@ -90,6 +101,8 @@ class RewardPool:
         timeout_seconds: float,
         startup_timeout_seconds: float,
         *,
+        retry_seconds: float = 0.0,
+        on_refusal: Callable[[str], None] = lambda message: None,
         memory_limit_bytes: int | None = None,
     ) -> None:
         for name, value in (
@@ -103,8 +116,11 @@ class RewardPool:
         self._setup = Setup(function_name, options, memory_limit_bytes)
         self._timeout_seconds = timeout_seconds
         self._startup_timeout_seconds = startup_timeout_seconds
+        self._retry_seconds = retry_seconds
+        self._on_refusal = on_refusal
         self._slots = [_Slot() for _ in range(workers)]
         self._queue: deque[_Call] = deque()
+        self._resting: dict[_Call, asyncio.TimerHandle] = {}  # refused by the function, to be called again
         self._tasks: set[asyncio.Task[None]] = set()
         self._processes: set[WorkerProcess] = set()  # in the slots, or killed and not yet reaped
         self._started: asyncio.Future[None] | None = None
@@ -114,7 +130,8 @@ class RewardPool:
         self._broken: Exception | None = None
         self._closed = False
         self._scored = 0
-        self._failures: dict[FailureKind, int] = {"timeout": 0, "crash": 0, "exception": 0, "invalid": 0}
+        self._failures: dict[FailureKind, int] = dict.fromkeys(get_args(FailureKind), 0)
+        self._next_notice = 0.0
         self._restarts = 0
         self._seconds = 0.0
         self._answered = 0  # calls that came back with an answer, and their seconds: how far to send ahead
@@ -151,6 +168,7 @@ class RewardPool:
             "crashes": self._failures["crash"],
             "exceptions": self._failures["exception"],
             "invalid": self._failures["invalid"],
+            "unavailable": self._failures["unavailable"],
             "restarts": self._restarts,
             "seconds": self._seconds,
         }
@@ -255,12 +273,15 @@ class RewardPool:
             call.outcome.set_result(outcome)
 
     def _fail(self, call: _Call, kind: FailureKind, message: str, seconds: float) -> None:
-        self._settle(call, RewardOutcome(None, RewardFailure(kind, message), seconds))
+        self._settle(call, RewardOutcome(None, RewardFailure(kind, message), seconds, call.refusals))
 
     def _abandon(self, error: Exception) -> None:
         """Every waiting caller gets `error`."""
-        calls = list(self._queue)
+        calls = [*self._queue, *self._resting]
         self._queue.clear()
+        for timer in self._resting.values():
+            timer.cancel()
+        self._resting.clear()
         for slot in self._slots:
             calls += [*slot.sent, *([slot.retry] if slot.retry is not None else [])]
             slot.retry = None
@@ -300,7 +321,7 @@ class RewardPool:
                 worker.kill()
                 self._start_failed(slot, DataError(reply.message))
                 return
-            elif isinstance(reply, Scored | Failed) and slot.sent:
+            elif isinstance(reply, Scored | NotNow | Failed) and slot.sent:
                 self._answer(slot.sent.popleft(), reply)
             else:
                 worker.kill()
@@ -309,14 +330,38 @@ class RewardPool:
         worker.set_deadline(self._timeout_seconds if slot.sent else None)
         self._fill(slot)
 
-    def _answer(self, call: _Call, reply: Scored | Failed) -> None:
+    def _answer(self, call: _Call, reply: Scored | NotNow | Failed) -> None:
         self._answered += 1
         self._answered_seconds += reply.seconds
         if isinstance(reply, Failed):
             self._fail(call, reply.kind, reply.message, reply.seconds)
+        elif isinstance(reply, NotNow):
+            self._rest_or_give_up(call, reply)
         else:
             result = RewardResult(reply.score, reply.accuracy, reply.extra)
-            self._settle(call, RewardOutcome(result, None, reply.seconds))
+            self._settle(call, RewardOutcome(result, None, reply.seconds, call.refusals))
+
+    def _rest_or_give_up(self, call: _Call, reply: NotNow) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        call.refusals += 1
+        if call.refusals == 1:
+            call.give_up_time = now + self._retry_seconds
+        if now >= call.give_up_time:
+            message = f"asked to be tried again {call.refusals} times in {self._retry_seconds:g} s (reward.retrySeconds): {reply.message}"
+            self._fail(call, "unavailable", message, reply.seconds)
+            return
+        if now >= self._next_notice:
+            self._next_notice = now + _NOTICE_SECONDS
+            self._on_refusal(reply.message)
+        pause = min(_FIRST_PAUSE_SECONDS * 2 ** min(call.refusals - 1, 32), _LONGEST_PAUSE_SECONDS)
+        again = min(now + pause * random.uniform(0.5, 1.0), call.give_up_time)  # the last call is at the bound
+        self._resting[call] = loop.call_at(again, self._call_again, call)
+
+    def _call_again(self, call: _Call) -> None:
+        del self._resting[call]
+        self._queue.append(call)
+        self._dispatch()
 
     def _worker_ready(self, slot: _Slot) -> None:
         slot.ready = True

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
-FailureKind = Literal["timeout", "crash", "exception", "invalid"]
+# unavailable: the function asked to be tried again for as long as it may.
+FailureKind = Literal["timeout", "crash", "exception", "invalid", "unavailable"]
 
 MAX_REPLY_BYTES = 4 * 1024 * 1024
 _LENGTH = struct.Struct("<I")
@@ -43,15 +44,22 @@ class Scored(msgspec.Struct, tag=True):
     seconds: float
 
 
+class NotNow(msgspec.Struct, tag=True):
+    """The call raised TryAgain."""
+
+    message: str
+    seconds: float
+
+
 class Failed(msgspec.Struct, tag=True):
-    """The call raised, or returned no finite score."""
+    """The call raised something else, or returned no finite score."""
 
     kind: Literal["exception", "invalid"]
     message: str
     seconds: float
 
 
-Reply = Ready | LoadFailed | Scored | Failed
+Reply = Ready | LoadFailed | Scored | NotNow | Failed
 encode_reply = msgspec.msgpack.Encoder().encode
 _decode_reply = msgspec.msgpack.Decoder(Reply).decode
 

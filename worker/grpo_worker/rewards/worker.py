@@ -17,13 +17,14 @@ from typing import BinaryIO
 
 from grpo_worker.errors import GRPOError
 from grpo_worker.functions import traceback_tail
-from grpo_worker.rewards.base import InvalidRewardError, RewardFunction, RewardInput
+from grpo_worker.rewards.base import InvalidRewardError, RewardFunction, RewardInput, TryAgain
 from grpo_worker.rewards.lookup import resolve
 from grpo_worker.rewards.wire import (
     HEADER_BYTES,
     MAX_REPLY_BYTES,
     Failed,
     LoadFailed,
+    NotNow,
     Ready,
     Reply,
     Scored,
@@ -60,11 +61,13 @@ def main() -> None:
         _send(replies, _call(function, body))
 
 
-def _call(function: RewardFunction, body: bytes) -> Scored | Failed:
+def _call(function: RewardFunction, body: bytes) -> Scored | NotNow | Failed:
     start = time.perf_counter()
     try:
         sample: RewardInput = pickle.loads(body)
         result = function(sample)
+    except TryAgain as error:
+        return NotNow(str(error)[:_MESSAGE_CHARACTERS] or "no reason given", time.perf_counter() - start)
     except InvalidRewardError as error:
         return Failed("invalid", str(error)[:_MESSAGE_CHARACTERS], time.perf_counter() - start)
     except BaseException as error:  # sys.exit() in a verifier is a failed call, not the end of the worker
