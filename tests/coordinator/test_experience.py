@@ -228,6 +228,21 @@ def test_metrics_of_groups_count_staleness_and_what_was_left_out() -> None:
     assert metrics["training/zero_variance_groups"] == 0.5
 
 
+def test_scores_before_the_filter_include_what_it_left_out() -> None:
+    def group(order: int, *scores: float, accuracies: tuple[float, ...] = ()) -> Group:
+        given = accuracies or (None,) * len(scores)
+        samples = [sample([1], score, accuracy=accuracy) for score, accuracy in zip(scores, given, strict=True)]
+        return Group(order=order, prompt=prompt(order), samples=samples)
+
+    ready = [group(0, 1.0, 0.0), group(1, 0.5, 0.0)]
+    filtered = [group(2, 1.0, 1.0), group(3, 0.0, 0.0), group(4, 0.0, 0.0), group(5, 0.3, 0.3, accuracies=(1.0, 1.0))]
+    metrics = group_metrics(Batch(ready, filtered, []), 5)
+    assert metrics["training/filter_groups/score/mean"] == pytest.approx((1.0 + 0.5 + 2.0 + 0.6) / 12)
+    assert (metrics["training/filter_groups/score/min"], metrics["training/filter_groups/score/max"]) == (0.0, 1.0)
+    assert metrics["reward/solve_all"] == 2 / 6  # one by its accuracy
+    assert metrics["reward/solve_none"] == 2 / 6
+
+
 def test_further_numbers_of_the_reward_function_are_averaged_by_name() -> None:
     samples = [sample([1], 1.0, extra={"format": 1.0}), sample([1], 0.0, extra={"format": 0.0, "steps": 7.0})]
     assert extra_reward_metrics([Group(order=0, prompt=prompt(0), samples=samples)]) == {

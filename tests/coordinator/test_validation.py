@@ -68,10 +68,21 @@ async def test_greedy_pass_at_1_is_the_share_of_right_answers(
     assert result.metrics == pytest.approx({
         "val/accuracy/pass@1": 0.6, "val/score/pass@1": 0.6, "val/response_length/mean": 1.0, "val/failed/pass@1": 0.0,
     })  # fmt: skip
+    assert result.headline == "accuracy 0.600"
     assert sorted(served.asked) == [one.uid for one in PROMPTS]
     assert all(request.sampling.temperature == 0.0 and request.sampling.n == 1 for request in served.requests)
     assert all(one.seed is None for request in served.requests for one in request.prompts)
     assert [group.uid for group in result.groups] == [one.uid for one in PROMPTS]
+
+
+async def test_a_reward_function_without_accuracy_has_a_validation_score_and_no_accuracy(
+    rewards: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    result = await run(rewards, tokenizer, engine(tokenizer), samples=3, function="last_digit")
+    assert not any("accuracy" in name for name in result.metrics)
+    assert result.metrics["val/score/pass@1"] == pytest.approx(1 + 3 / 5)  # one character, and three times a 1
+    assert "val/score/mean@3" in result.metrics
+    assert result.headline == "score 1.600"
 
 
 async def test_mean_at_k_is_of_sampled_answers(rewards: Path, tokenizer: PreTrainedTokenizerBase) -> None:

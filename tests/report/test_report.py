@@ -246,6 +246,19 @@ def test_a_missing_file_costs_its_section_only(tmp_path: Path, missing: tuple[st
     assert ("job.yaml cannot be read" in page.text) == ("job.yaml" in missing)
 
 
+def test_a_reward_function_without_accuracy_is_shown_by_its_validation_score(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 0, "val/score/pass@1": -2.5}',
+        '{"step": 1, "critic/score/mean": 0.5, "val/score/pass@1": 1.5, "val/score/mean@4": 1.25}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = report_of(tmp_path)
+    assert "Validation score" in page.text
+    assert "-2.500 → 1.500" in page.text
+    assert "mean@4, sampled" in page.text
+    assert "Not logged in this run: Validation accuracy" in page.text
+
+
 @pytest.mark.parametrize(
     "lines",
     [

@@ -102,7 +102,7 @@ class TrainingLoop:
         parts = self._parts
         parts.progress.begin(self._step, self._planned, self._epoch())
         await self._publish(parts.startup, "publish", "engines")
-        if self._step == 0 and self._spec.trainer.val_before_train:
+        if self._step == 0 and self._spec.trainer.val_before_train and parts.validation is not None:
             with parts.startup.part("validation"):
                 metrics = await self._validate()
             if metrics:

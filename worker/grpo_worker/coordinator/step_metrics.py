@@ -52,11 +52,16 @@ def group_metrics(batch: Batch, version: int) -> dict[str, float]:
     staleness = torch.tensor([float(version - sample.oldest_version) for sample in samples])
     spans = torch.tensor([float(len(sample.versions)) for sample in samples])
     kept, filtered = len(batch.ready), len(batch.filtered)
+    scored = [*batch.ready, *batch.filtered]
+    scores = [sample.reward.score for group in scored for sample in group.samples if sample.reward]
     return {
         **_summary("training/off_policy/trajectory_staleness", staleness),
         **_summary("training/off_policy/trajectory_spans", spans),
         "training/filter_groups/kept": float(kept),
         "training/filter_groups/filtered": float(filtered),
+        **_summary("training/filter_groups/score", torch.tensor(scores)),
+        "reward/solve_all": _share_solved(scored, 1.0),
+        "reward/solve_none": _share_solved(scored, 0.0),
         "training/rollout_failure/evicted_prompts": float(len(batch.failed)),
         "training/zero_variance_groups": _share_without_variance(batch.ready),
         "response/aborted_ratio": sum(sample.finish_reason == "abort" for sample in samples) / max(len(samples), 1),
@@ -97,6 +102,19 @@ def _summary(name: str, values: Tensor) -> dict[str, float]:
         f"{name}/max": float(values.max()),
         f"{name}/min": float(values.min()),
     }
+
+
+def _share_solved(groups: Sequence[Group], value: float) -> float:
+    """Share of the groups whose samples all have this accuracy (the score, where the reward function gives no accuracy)."""
+    solved = [
+        all(
+            (sample.reward.score if sample.reward.accuracy is None else sample.reward.accuracy) == value
+            for sample in group.samples
+            if sample.reward
+        )
+        for group in groups
+    ]
+    return sum(solved) / len(solved) if solved else 0.0
 
 
 def _share_without_variance(groups: Sequence[Group]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 REWARD = ("critic/score/mean", "critic/rewards/mean")
 VALIDATION_ACCURACY = ("val/accuracy/pass@1",)
+VALIDATION_SCORE = ("val/score/pass@1",)  # where the reward function gives no accuracy
 TRAIN_ACCURACY = ("critic/accuracy/mean", "train/accuracy", "train/accuracy/mean")
 RESPONSE_LENGTH = ("response_length/mean",)
 # KL to the reference model when a KL term is on, else KL between the old and the new policy.

@@ -92,8 +92,8 @@ ALL_TITLES = [_SPECS[0].title, "Validation accuracy", *(spec.title for spec in _
 def make_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """The charts that the metrics have values for, in the report's order."""
     charts = [chart for spec in _SPECS if (chart := _line_chart(spec, metrics)) is not None]
-    if (accuracy := _validation_chart(metrics)) is not None:
-        charts.insert(1 if charts and charts[0].key == "reward" else 0, accuracy)
+    if (validation := _validation_chart(metrics)) is not None:
+        charts.insert(1 if charts and charts[0].key == "reward" else 0, validation)
     if (times := _step_time_chart(metrics)) is not None:
         charts.append(times)
     return charts
@@ -143,16 +143,20 @@ def _validation_keys(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _validation_chart(metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Accuracy on the held-out prompts; their score where the reward function gives no accuracy."""
+    kind, note = "accuracy", "Share of the held-out prompts that are answered right."
     points = accuracy_points(metrics)
     if not points:
+        kind, note = "score", "Mean score of the held-out prompts; the reward function gives no accuracy."
+        points = points_of(metrics, names.VALIDATION_SCORE)
+    if not points:
         return None
-    series = [Series("pass@1, greedy", points, dots=True)]
+    series = [Series("pass@1, greedy" if kind == "accuracy" else "greedy", points, dots=True)]
     for key in _validation_keys(metrics):
-        name = key.removeprefix("val/accuracy/")
+        name = key.removeprefix(f"val/{kind}/")
         if name.startswith("mean@") and (more := points_of(metrics, [key])):
             series.append(Series(f"{name}, sampled", more, len(series), dots=True))
-    note = "Share of the held-out prompts that are answered right."
-    return Chart("accuracy", "Validation accuracy", note, series[:4], from_zero=False)
+    return Chart("validation", f"Validation {kind}", note, series[:4], from_zero=False)
 
 
 def _step_time_chart(metrics: Sequence[Mapping[str, Any]]) -> Chart | None:

@@ -10,7 +10,7 @@ from grpo_worker.report.curves import Chart
 from grpo_worker.report.palette import LIGHT
 from grpo_worker.report.svg import nice_ticks, value_range
 
-PANELS = ("reward", "accuracy", "response_length", "kl", "entropy", "step_time")
+PANELS = ("reward", "validation", "response_length", "kl", "entropy", "step_time")
 SUBSTITUTES = ("mismatch", "grad_norm", "clip_fraction", "throughput", "staleness")
 
 

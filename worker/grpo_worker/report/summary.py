@@ -67,6 +67,8 @@ def _measure(run: RunData) -> tuple[str, list[tuple[int, float]]]:
         return "Accuracy", points
     if points := points_of(run.metrics, names.TRAIN_ACCURACY):
         return "Training accuracy", points
+    if points := points_of(run.metrics, names.VALIDATION_SCORE):
+        return "Validation score", points
     return "Reward", points_of(run.metrics, names.REWARD)
 
 

@@ -26,6 +26,7 @@ from grpo_worker.errors import DataError
 from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.learning_rate import learning_rate
+from grpo_worker.trainer.mfu import ModelFlops, device_peak
 from grpo_worker.trainer.model import PolicyModel
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
@@ -88,6 +89,8 @@ class Updater:
         self.ranks = ranks
         self.loss = loss
         self.state = state
+        self.flops = ModelFlops.of(model.lm)
+        self.peak_flops = device_peak(ranks.device, options.compute_dtype)
 
     def update(self, sequences: Sequences, step: int, total_steps: int = 0) -> dict[str, float]:
         """All mini-batches of training step `step` of `total_steps` (0: unknown), `ppo_epochs` times. Collective.
@@ -113,6 +116,7 @@ class Updater:
                 first += count
         self.state.step = step
         metrics = sum_dicts_over_ranks({name: float(value) / updates for name, value in sums.items()}, self.ranks)
+        flops = sum(facts.pop("flops", []))
         metrics |= {name: float(np.mean(values)) for name, values in facts.items() if not name.startswith("timing_s/")}
         metrics |= {name: float(np.sum(values)) for name, values in facts.items() if name.startswith("timing_s/")}
         seconds = time.perf_counter() - started
@@ -121,6 +125,8 @@ class Updater:
         metrics["perf/update_tokens_per_second_per_gpu"] = (
             epochs * sum(sequences.lengths) / seconds / self.ranks.world_size
         )
+        if flops and self.peak_flops:
+            metrics["perf/mfu/actor"] = flops / seconds / self.ranks.world_size / self.peak_flops
         return metrics | memory_metrics(self.ranks)
 
     def _mini_batch(
@@ -157,6 +163,8 @@ class Updater:
             self.optimizer.discard_gradients()
             self.state.skipped_updates += 1
         facts["actor/lr"].append(lr)
+        if self.flops:
+            facts["flops"].append(self.flops.training(lengths))
         facts["timing_s/trainer_forward_backward"].append(computed - started)
         facts["timing_s/trainer_optimizer"].append(time.perf_counter() - computed)
         facts["perf/micro_batches"].append(plan.micro_batches)
@@ -236,7 +244,8 @@ def memory_metrics(ranks: Ranks) -> dict[str, float]:
     if ranks.device.type == "cuda":
         peaks += [torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB]
     worst = max_over_ranks(torch.tensor(peaks, dtype=torch.float64), ranks).tolist()
-    names = ["perf/cpu_memory_used_gb", "perf/max_memory_allocated_gb", "perf/max_memory_reserved_gb"]
+    # verl's names, which say gb and mean GiB; its perf/cpu_memory_used_gb is the whole machine's, so the process's own has another name.
+    names = ["perf/max_cpu_memory_gib", "perf/max_memory_allocated_gb", "perf/max_memory_reserved_gb"]
     return dict(zip(names, worst, strict=False))
 
 
