@@ -15,7 +15,7 @@ from aiohttp import web
 from coordinator_helpers import Engine, World, good, groups, heartbeats, prompt, world
 from transformers import PreTrainedTokenizerBase
 
-from grpo_worker.coordinator import member_client
+from grpo_worker.coordinator import member_client, weight_sync
 from grpo_worker.coordinator.agents import Episode, dispatcher
 from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup, turn_seed
 from grpo_worker.coordinator.agents.load import Agent, load_agent
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.asyncio
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(member_client, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(weight_sync, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(dispatcher, "WATCH_SECONDS", 0.05)
     monkeypatch.setattr(dispatcher, "BLOCKED_SECONDS", 0.4)
     monkeypatch.setattr(dispatcher, "PATIENCE_SECONDS", 0.3)
@@ -145,6 +146,31 @@ async def test_a_turn_that_no_engine_answers_fails_its_group_after_the_last_atte
             assert [group.state for group in done] == [GroupState.FAILED]
             assert "rollout-0: no" in done[0].failure
     assert max(Counter(request.prompts[0].seed for request in engine.requests).values()) == 2 * 3
+
+
+@pytest.mark.parametrize("poison", [True, False])
+async def test_an_engine_that_dies_costs_no_group_but_the_one_that_kills_it(tokenizer: PreTrainedTokenizerBase, poison: bool) -> None:  # fmt: skip
+    left = 3
+
+    async def dies(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+        nonlocal left
+        if request.prompts[0].id == "0-1" if poison else left > 0:
+            left -= 1
+            engine.restart()
+            assert http.transport is not None
+            http.transport.abort()
+            return
+        await good(engine, stream, http, request)
+
+    async with world(Engine("rollout-0", dies)) as here:
+        joining = asyncio.create_task(here.weights.join_forever())
+        done = await play(here, tokenizer, two_turns, 4, max_attempts=1, deadline_seconds=20.0)
+        joining.cancel()
+        await asyncio.gather(joining, return_exceptions=True)
+    failed = {group.uid: group.failure for group in done if group.state is GroupState.FAILED}
+    assert len(done) == 4
+    assert failed.keys() == ({"0-1"} if poison else set())
+    assert not poison or "at last while they had nothing else" in failed["0-1"]
 
 
 def raises_for(uid: str) -> Agent:

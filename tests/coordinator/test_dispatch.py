@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from coordinator_helpers import Engine, World, answer, good, groups, heartbeats, prompt, world
 
-from grpo_worker.coordinator import member_client
+from grpo_worker.coordinator import member_client, weight_sync
 from grpo_worker.coordinator.dispatch import prompt_seed
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.errors import PeerLostError
@@ -67,6 +67,24 @@ async def garbage(engine: Engine, stream: web.StreamResponse, http: web.Request,
     await stream.write(b"\x03\x00\x00\x00\xc1\xc1\xc1")
 
 
+def dying(*poison: str, times: int = 0) -> object:
+    """The process dies, so many times in the middle of its work, and whenever it has one of these prompts; it comes back without weights."""
+    left = times
+
+    async def behave(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+        nonlocal left
+        has = any(one.id in poison for one in request.prompts)
+        if left > 0 or has:
+            left -= not has
+            engine.restart()
+            assert http.transport is not None
+            http.transport.abort()
+            return
+        await good(engine, stream, http, request)
+
+    return behave
+
+
 def failing(kind: str, *uids: str, times: int = 1000) -> object:
     """Reports an error for these prompts, so many times."""
     left = Counter(dict.fromkeys(uids, times))
@@ -87,6 +105,7 @@ def failing(kind: str, *uids: str, times: int = 1000) -> object:
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long an engine that is past its deadline is listened to."""
     monkeypatch.setattr(member_client, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(weight_sync, "RETRY_SECONDS", 0.02)
 
 
 async def dispatch(here: World, number: int, *, atomic: bool, **changes: object) -> list[Group]:
@@ -183,6 +202,96 @@ async def test_a_prompt_that_always_fails_is_a_failed_group_with_its_reason() ->
         assert engine.asked.count("0-3") == 3
         assert failed["0-3"].failure == "rollout-0: no"
         assert any(reason == "PromptFailed" and "0-3" in message for _, reason, message in here.events)
+
+
+async def with_restarts(here: World, number: int, *, atomic: bool, **changes: object) -> list[Group]:
+    """As `dispatch`, with engines that are given weights when they come back."""
+    joining = asyncio.create_task(here.weights.join_forever())
+    try:
+        return await dispatch(here, number, atomic=atomic, **changes)
+    finally:
+        joining.cancel()
+        await asyncio.gather(joining, return_exceptions=True)
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+async def test_preemptions_of_the_only_engine_lose_no_prompt(atomic: bool) -> None:
+    engine = Engine("rollout-0", dying(times=3))  # type: ignore[arg-type]
+    async with world(engine) as here:
+        done = await with_restarts(here, 32, atomic=atomic, max_num_seqs=64)
+    assert engine.instance == "first+++"
+    assert len(done) == 32
+    assert {group.state for group in done} == {GroupState.SCORING}
+    assert {group.attempts for group in done} == {0}
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+async def test_a_prompt_that_kills_its_engines_is_found_and_costs_no_other(engines: int) -> None:
+    staff = [Engine(f"rollout-{index}", dying("0-5")) for index in range(engines)]  # type: ignore[arg-type]
+    async with world(*staff) as here:
+        done = await with_restarts(here, 32, atomic=True)
+        told = [message for _, reason, message in here.events if reason == "PromptFailed"]
+    failed = {group.uid: group for group in done if group.state is GroupState.FAILED}
+    assert len(done) == 32
+    assert failed.keys() == {"0-5"}
+    deaths = sum(engine.instance.count("+") for engine in staff)
+    assert deaths == 4, "twice in company, then twice alone"
+    assert len(told) == 1
+    assert "Engines died 4 times while they had this prompt" in told[0]
+    assert "at last while they had nothing else" in told[0]
+    last = [
+        request.prompts for engine in staff for request in engine.requests if "0-5" in [p.id for p in request.prompts]
+    ][-1]
+    assert [one.id for one in last] == ["0-5"]
+
+
+async def test_a_server_that_says_that_its_engine_died_at_work_convicts_a_lonely_prompt_at_once() -> None:
+    """Three deaths: what failurePolicy.maxRestarts allows by default."""
+
+    async def dies(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+        if "0-5" in [one.id for one in request.prompts]:
+            for one in request.prompts:
+                await engine.write(stream, GroupResult(id=one.id, samples=[], error="gone", error_kind="engine_dead"))
+            engine.restart()
+            await engine.end(stream, request)
+            return
+        await good(engine, stream, http, request)
+
+    engine = Engine("rollout-0", dies)
+    async with world(engine) as here:
+        done = await with_restarts(here, 16, atomic=True)
+    assert [group.uid for group in done if group.state is GroupState.FAILED] == ["0-5"]
+    assert engine.instance == "first+++"
+
+
+async def test_an_engine_that_takes_leave_or_falls_silent_says_nothing_of_its_prompts() -> None:
+    async def leaves(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+        if len(engine.requests) > 6:
+            await good(engine, stream, http, request)
+            return
+        here.members.beat(msgspec.structs.replace(engine.beat(), state="failed", terminating=engine.name))
+        assert http.transport is not None
+        http.transport.abort()
+
+    async with world(Engine("rollout-0", leaves)) as here:
+        done = await dispatch(here, 8, atomic=True, max_attempts=1)
+    assert {(group.state, group.attempts, len(group.misfortunes)) for group in done} == {(GroupState.SCORING, 0, 0)}
+
+
+async def test_a_prompt_that_is_late_alone_answers_for_it_and_those_that_are_late_together_do_not() -> None:
+    async def late(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+        for one in request.prompts:
+            if one.id == "0-3" or (len(engine.requests) == 1 and one.id == "0-4"):
+                await engine.write(stream, GroupResult(id=one.id, samples=[], error="late", error_kind="deadline"))
+            else:
+                await engine.write(stream, answer(one, request.sampling.n, engine.version))
+        await engine.end(stream, request)
+
+    async with world(Engine("rollout-0", late)) as here:
+        done = await dispatch(here, 8, atomic=True, max_attempts=2)
+    groups_by_uid = {group.uid: group for group in done}
+    assert (groups_by_uid["0-4"].state, groups_by_uid["0-4"].attempts) == (GroupState.SCORING, 0)
+    assert (groups_by_uid["0-3"].state, groups_by_uid["0-3"].attempts) == (GroupState.FAILED, 2)
 
 
 @pytest.mark.parametrize("kind", ["prompt_too_long", "token_out_of_range"])

@@ -200,7 +200,7 @@ def test_a_dead_engine_is_told_to_all_who_wait_and_all_who_come(replica: Replica
 
     results = replica.loop.run(kill_while_running())
     assert results.keys() == {prompt.id for prompt in long.prompts}
-    assert {result.error_kind for result in results.values()} == {"engine"}
+    assert {result.error_kind for result in results.values()} == {"engine_dead"}
     status, reply = ask(replica, GOOD)
     assert (status, reply.reason) == (503, "EngineDead")
     status, failed = replica.apply(source)

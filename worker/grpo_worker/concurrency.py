@@ -1,10 +1,12 @@
-"""Coroutines that live and die together.
+"""Coroutines that live and die together, that wait for a change, and that share a place.
 
-Invariant: when one ends, the others are cancelled and have ended before the caller goes on; an exception is never lost.
+Invariants: when one of `first_to_end` ends, the others are cancelled and have ended before the caller goes on, and an exception is never
+lost. Nothing here awaits on its way out: whoever is cancelled, at whatever point, leaves nobody asleep.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 
@@ -19,3 +21,56 @@ async def first_to_end(*coroutines: Coroutine[Any, Any, object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Changes:
+    """A notice board: `notify` wakes all who wait at that moment."""
+
+    def __init__(self) -> None:
+        self._next = asyncio.Event()
+
+    def notify(self) -> None:
+        self._next.set()
+        self._next = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self._next.wait()
+
+
+class Gate:
+    """Many shared holders, or one exclusive, and while that one is inside nobody else is. A waiting exclusive holder keeps newcomers
+    out, so it is not starved; with `pass_waiting` one passes those who wait, but not one who is inside. Waiting is bounded by the
+    caller's `asyncio.timeout`."""
+
+    def __init__(self) -> None:
+        self._changes = Changes()
+        self._shared = 0
+        self._exclusive = False
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def shared(self, *, pass_waiting: bool = False) -> AsyncIterator[None]:
+        while self._exclusive or (self._waiting and not pass_waiting):
+            await self._changes.wait()
+        self._shared += 1
+        try:
+            yield
+        finally:
+            self._shared -= 1
+            self._changes.notify()
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        self._waiting += 1
+        try:
+            while self._exclusive or self._shared:
+                await self._changes.wait()
+            self._exclusive = True
+        finally:
+            self._waiting -= 1
+            self._changes.notify()
+        try:
+            yield
+        finally:
+            self._exclusive = False
+            self._changes.notify()

@@ -89,7 +89,11 @@ class Rollout(Section):
     request_timeout_seconds: float = field(
         600.0, "Deadline of a prompt's generation, from when an engine can run it.", unit="seconds", gt=0
     )
-    max_attempts: int = field(3, "Dispatches of a prompt before it is counted as failed.", ge=1)
+    max_attempts: int = field(
+        3,
+        "Times that an engine fails on a prompt, or that it is late alone, before it has failed; lost engines do not count.",
+        ge=1,
+    )
     agent: FunctionPath | None = field(
         None,
         "Async function that makes one sample in turns (tools, environments), as module:function or path/to/file.py:function; "

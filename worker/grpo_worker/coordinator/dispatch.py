@@ -1,7 +1,9 @@
 """Prompts out to the engines, samples back.
 
-Invariants: a group that came back is never asked for again, so nothing is generated twice for training; a prompt whose request fails
-goes out again, to any engine in service, at most `max_attempts` times, and is then a failed group with its reason.
+Invariants:
+- A group that came back is never asked for again, so nothing is generated twice for training.
+- A prompt that did not come back goes out again, to any engine in service, until `blame` gives it up: then it is a failed group with
+  its reason. A suspect is tried last, and alone in its engine.
 """
 
 import asyncio
@@ -13,15 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from grpo_worker.coordinator.blame import PERMANENT, End, convicted, end_of, gives_up, is_suspect
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Emit, Member, Members
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.errors import PeerLostError
-from grpo_worker.protocol.http import RefusedError
+from grpo_worker.protocol.http import RefusedError, UnreachableError
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, Sampling
 
-PERMANENT = frozenset({"prompt_too_long", "token_out_of_range"})
 PROMPTS_AHEAD = 1.5  # what one engine is sent, over what it can run at a time
 CHUNK_PROMPTS = 8  # prompts of one request when requests are not atomic
 
@@ -86,8 +88,10 @@ class _Flight:
 
     member: Member
     pending: dict[str, Group]
+    alone: bool  # in its engine
     task: asyncio.Task[None] = field(init=False)
-    error: str = ""
+    reason: str = ""
+    end: End = End.UNFINISHED
 
 
 class Dispatcher:
@@ -109,6 +113,7 @@ class Dispatcher:
         self._options = options
         self._on_done = on_done
         self._queue: deque[Group] = deque()
+        self._suspects: list[Group] = []  # tried last and alone
         self._flights: list[_Flight] = []
         self._wake = asyncio.Event()
         self._atomic = False
@@ -126,7 +131,7 @@ class Dispatcher:
 
     @property
     def idle(self) -> bool:
-        return not self._queue and not self._flights
+        return not (self._queue or self._suspects or self._flights)
 
     async def run(self, *, until_idle: bool = False) -> None:
         """Dispatch until cancelled, or until nothing is left. Raises PeerLostError when no engine serves for longer than the limit."""
@@ -135,7 +140,7 @@ class Dispatcher:
                 self._wake.clear()
                 self._land()
                 self._launch()
-                self._service.check(0 if self._flights else len(self._queue))
+                self._service.check(0 if self._flights else len(self._queue) + len(self._suspects))
                 if until_idle and self.idle:
                     return
                 try:
@@ -150,9 +155,17 @@ class Dispatcher:
 
     def _launch(self) -> None:
         serving = self._weights.in_service()
-        if not self._queue or not serving:
+        free = [m for m in serving if not any(flight.alone and flight.member is m for flight in self._flights)]
+        if not self._queue and serving:
+            for group in sorted(self._suspects, key=lambda group: (len(group.misfortunes), group.order)):
+                # Where it had the least bad luck: one bad engine shall not convict a prompt.
+                least = min(group.misfortunes.count(member.name) for member in serving)
+                idle = [m for m in free if not self._held(m) and group.misfortunes.count(m.name) == least]
+                if idle:
+                    self._suspects.remove(group)
+                    self._send(idle[0], [group], alone=True)
             return
-        if self._atomic:
+        if self._atomic and serving:
             self._atomic = False  # what fails is sent again as it comes
             size = math.ceil(len(self._queue) / len(serving))
             for member in serving:
@@ -160,34 +173,32 @@ class Dispatcher:
                     self._send(member, share, atomic=True)
             return
         limit = max(CHUNK_PROMPTS, math.ceil(PROMPTS_AHEAD * self._options.max_num_seqs / self._options.sampling.n))
-        while self._queue:
-            member = min(serving, key=lambda m: self._held(m.name))
-            if self._held(member.name) >= limit:
+        while self._queue and free:
+            member = min(free, key=self._held)
+            if self._held(member) >= limit:
                 return
-            self._send(
-                member, [self._queue.popleft() for _ in range(min(CHUNK_PROMPTS, len(self._queue)))], atomic=False
-            )
+            self._send(member, [self._queue.popleft() for _ in range(min(CHUNK_PROMPTS, len(self._queue)))])
 
-    def _send(self, member: Member, groups: list[Group], *, atomic: bool) -> None:
+    def _send(self, member: Member, groups: list[Group], *, atomic: bool = False, alone: bool = False) -> None:
         options = self._options
         for group in groups:
-            group.state, group.attempts = GroupState.RUNNING, group.attempts + 1
+            group.state = GroupState.RUNNING
         self._requests += 1
         request = GenerateRequest(
             request_id=f"{options.purpose}-{self._requests}",
             prompts=[self._prompt(group) for group in groups],
             sampling=options.sampling,
-            deadline_seconds=options.deadline_seconds * self._waves(self._held(member.name) + len(groups)),
+            deadline_seconds=options.deadline_seconds * self._waves(self._held(member) + len(groups)),
             atomic=atomic,
             min_weight_version=self._weights.version,
         )
-        flight = _Flight(member, {group.uid: group for group in groups})
+        flight = _Flight(member, {group.uid: group for group in groups}, alone)
         flight.task = asyncio.create_task(self._fly(flight, request))
         self._flights.append(flight)
 
-    def _held(self, name: str) -> int:
+    def _held(self, member: Member) -> int:
         """Prompts that an engine was sent and has not answered."""
-        return sum(len(flight.pending) for flight in self._flights if flight.member.name == name)
+        return sum(len(flight.pending) for flight in self._flights if flight.member is member)
 
     def _waves(self, prompts: int) -> int:
         """How often an engine with so many prompts fills its `max_num_seqs` places: a deadline is a prompt's own, not its queue's."""
@@ -206,21 +217,30 @@ class Dispatcher:
         try:
             end = await self._client.generate(flight.member, request, lambda result: self._returned(flight, result))
             self.generated_tokens += end.generated_tokens
+            flight.reason = flight.reason or f"{flight.member.name} ended its reply early"
         except PeerLostError as error:
-            flight.error = str(error)
-            if isinstance(error, RefusedError):
+            if flight.end is not End.ENGINE_DIED:
+                flight.reason, flight.end = str(error), end_of(error, flight.member)
+            if isinstance(error, (RefusedError, UnreachableError)):
                 self._weights.doubt(flight.member)
         finally:
             self._wake.set()
 
     def _returned(self, flight: _Flight, result: GroupResult) -> None:
-        group = flight.pending.pop(result.id, None)
+        group = flight.pending.get(result.id)
         if group is None:
             return  # not asked for, or told twice: the first answer counts
+        name = flight.member.name
+        if result.error_kind == "engine_dead":
+            flight.reason, flight.end = f"{name}: {result.error}", End.ENGINE_DIED
+            self._members.suspect(flight.member)
+            return  # it stays pending
+        if result.error_kind == "deadline" or any(sample.finish_reason == "abort" for sample in result.samples):
+            flight.reason = f"{name}: {result.error or 'aborted the request'}"
+            return
+        del flight.pending[result.id]
         if result.error is not None:
-            self._again(group, f"{flight.member.name}: {result.error}", permanent=result.error_kind in PERMANENT)
-        elif any(sample.finish_reason == "abort" for sample in result.samples):
-            self._again(group, f"{flight.member.name} aborted the request", permanent=False)
+            self._again(flight, group, f"{name}: {result.error}", End.FAILED, at_once=result.error_kind in PERMANENT)
         else:
             group.samples = [
                 Sample(s.token_ids.numpy(), s.log_probs.numpy(), s.finish_reason, list(s.versions))
@@ -231,24 +251,34 @@ class Dispatcher:
         self._wake.set()
 
     def _land(self) -> None:
-        """Collect finished requests; what did not come back goes to the front of the queue, in order."""
+        """Collect finished requests; what did not come back is sent again, in order, before what has not been sent."""
         for flight in [flight for flight in self._flights if flight.task.done()]:
             self._flights.remove(flight)
             if error := flight.task.exception():
                 raise error
-            reason = flight.error or f"{flight.member.name} ended its reply early"
-            if flight.pending:
-                self._emit("warning", "RolloutLost", f"{reason}; {len(flight.pending)} prompts go to another engine")
-            for group in sorted(flight.pending.values(), key=lambda group: -group.order):
-                self._again(group, reason, permanent=False)
+            left = sorted(flight.pending.values(), key=lambda group: -group.order)
+            if left and flight.end is not End.UNFINISHED:
+                self._emit("warning", "RolloutLost", f"{flight.reason}; {len(left)} prompts go to another engine")
+            alone = flight.alone or (flight.end is End.UNFINISHED and len(left) == 1)
+            for group in left:
+                self._again(flight, group, flight.reason, flight.end, alone=alone)
 
-    def _again(self, group: Group, reason: str, *, permanent: bool) -> None:
+    def _again(
+        self, flight: _Flight, group: Group, reason: str, end: End, *, alone: bool = False, at_once: bool = False
+    ) -> None:
+        """Back to the queue, or failed (`at_once`: whatever it has tried)."""
         group.restart()
         group.failure = reason
-        if permanent or group.attempts >= self._options.max_attempts:
+        limit = self._options.max_attempts
+        failed = gives_up(group, end, flight.member.name, alone=alone, max_attempts=limit) or at_once
+        if failed:
+            group.failure += convicted(group)
             group.state = GroupState.FAILED
-            self._emit("error", "PromptFailed", f"prompt {group.uid} failed after {group.attempts} attempts: {reason}")
+            self._emit("error", "PromptFailed", f"prompt {group.uid} failed: {group.failure}")
             self._on_done(group)
             return
         self.redispatched += 1
-        self._queue.appendleft(group)
+        if is_suspect(group):
+            self._suspects.append(group)
+        else:
+            self._queue.appendleft(group)

@@ -54,7 +54,8 @@ class Group:
     order: int
     prompt: Prompt
     state: GroupState = GroupState.WAITING
-    attempts: int = 0
+    attempts: int = 0  # that it spoiled itself
+    misfortunes: list[str] = field(default_factory=list)  # engines that died, or did not finish, with it and others
     samples: list[Sample] = field(default_factory=list)
     failure: str = ""
 

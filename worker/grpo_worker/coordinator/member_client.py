@@ -83,4 +83,4 @@ class MemberClient:
             raise LateError(f"{member.name} did not finish {what} in time") from error
         except PeerLostError as error:
             self._members.suspect(member)
-            raise PeerLostError(f"{member.name} at {member.url} was lost during {what}: {error}") from error
+            raise type(error)(f"{member.name} at {member.url} was lost during {what}: {error}") from error

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from grpo_worker.concurrency import Changes
 from grpo_worker.errors import PeerLostError
 from grpo_worker.metric_loggers.events import Level
 from grpo_worker.protocol.messages import Heartbeat
@@ -51,7 +52,7 @@ class _Wait:
 
 
 class Members:
-    """Registry and notice board: `changed` wakes whoever waits for a member."""
+    """Registry and notice board: a change wakes whoever waits for a member."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Members:
         self._emit = emit
         self._members: dict[str, Member] = {}
         self._waits: list[_Wait] = []
-        self._changed = asyncio.Event()
+        self._changes = Changes()
 
     def beat(self, beat: Heartbeat) -> bool:
         """Record a heartbeat. True when it is the first of its process."""
@@ -112,14 +113,13 @@ class Members:
         return self._clock() - member.last_seen
 
     def notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changes.notify()
 
     async def wait(self, timeout_seconds: float) -> None:
         """Until something changed, or the time is over."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                await self._changed.wait()
+                await self._changes.wait()
         except TimeoutError:
             return
 

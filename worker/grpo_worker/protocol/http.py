@@ -44,6 +44,10 @@ class RefusedError(PeerLostError):
         self.status, self.reply = status, reply
 
 
+class UnreachableError(PeerLostError):
+    """No connection came about: the server has not seen the request."""
+
+
 def refused(status: int, reason: str, message: str) -> RefusedError:
     """What a handler raises."""
     return RefusedError(status, ErrorReply(reason=reason, message=message))
@@ -121,8 +125,8 @@ async def asking(
 ) -> AsyncIterator[aiohttp.ClientResponse]:
     """Post a message; the block reads the answer.
 
-    Raises RefusedError (the server's own words), TimeoutError after the limit, and PeerLostError when there is no answer, it ends
-    early or cannot be read.
+    Raises RefusedError (the server's own words), UnreachableError, TimeoutError after the limit, and PeerLostError when there is no
+    answer, it ends early or cannot be read.
     """
     timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_TIMEOUT_SECONDS)
     headers = {**authorization(token), "Content-Type": codec.CONTENT_TYPE}
@@ -132,6 +136,8 @@ async def asking(
                 body = await response.read()
                 raise RefusedError(response.status, _error_of(body, response.status))
             yield response
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        raise UnreachableError(str(error) or type(error).__name__) from error
     except (aiohttp.ClientError, OSError) as error:
         if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
             raise

@@ -115,7 +115,7 @@ class GroupResult(msgspec.Struct, frozen=True, kw_only=True, tag="group"):
     id: str
     samples: list[SampleResult]
     error: str | None = None  # then samples is empty
-    error_kind: Literal["", "prompt_too_long", "token_out_of_range", "deadline", "engine"] = ""
+    error_kind: Literal["", "prompt_too_long", "token_out_of_range", "deadline", "engine", "engine_dead"] = ""
 
 
 class GenerateEnd(msgspec.Struct, frozen=True, kw_only=True, tag="end"):

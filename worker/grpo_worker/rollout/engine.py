@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import xxhash
 
+from grpo_worker.concurrency import Gate
 from grpo_worker.errors import DeviceError, GRPOError, PeerLostError, StalledError
 from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
@@ -36,7 +37,6 @@ from grpo_worker.protocol.messages import (
     Sampling,
     VersionSpan,
 )
-from grpo_worker.rollout.gate import Gate
 from grpo_worker.rollout.options import (
     EngineOptions,
     engine_arguments,

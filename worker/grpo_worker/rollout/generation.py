@@ -121,7 +121,12 @@ def _result(name: str, task: "asyncio.Task[list[SampleResult]]") -> GroupResult:
 
 def _failure(name: str, error: Exception) -> GroupResult:
     log.error("prompt '%s' failed in the engine: %s: %s", name, type(error).__name__, error)
-    return GroupResult(id=name, samples=[], error=f"prompt '{name}' failed in the engine: {error}", error_kind="engine")
+    return GroupResult(
+        id=name,
+        samples=[],
+        error=f"prompt '{name}' failed in the engine: {error}",
+        error_kind="engine_dead" if isinstance(error, EngineDeadError) else "engine",
+    )
 
 
 async def _drop(groups: dict[str, RunningPrompt], tasks: "dict[asyncio.Task[list[SampleResult]], str]") -> None:

@@ -11,19 +11,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
+from weakref import WeakKeyDictionary, WeakSet
 
 import msgspec
 
+from grpo_worker.concurrency import Gate
 from grpo_worker.coordinator.agents.episode import Episode, TurnRequest
 from grpo_worker.coordinator.agents.load import Agent
 from grpo_worker.coordinator.agents.thread import AgentRuntime, AgentThread
-from grpo_worker.coordinator.dispatch import PERMANENT, DispatchOptions, ServiceLimit, derived_seed, prompt_seed
+from grpo_worker.coordinator.blame import PERMANENT, End, convicted, end_of, gives_up, is_suspect
+from grpo_worker.coordinator.dispatch import DispatchOptions, ServiceLimit, derived_seed, prompt_seed
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Emit, Member, Members
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.errors import PeerLostError
 from grpo_worker.functions import traceback_tail
+from grpo_worker.protocol.http import RefusedError, UnreachableError
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, SampleResult
 
 WATCH_SECONDS = 0.5
@@ -74,6 +78,9 @@ class _Play:
     task: "asyncio.Task[None]" = field(init=False)
     future: "Future[None] | None" = None
     requests: "set[asyncio.Task[object]]" = field(default_factory=set)
+    attempts: int = 0  # of the turn under way
+    misfortunes: list[str] = field(default_factory=list)
+    queued: bool = False  # it waits for an engine of its own
     given_up: _GivenUp | None = None
     reason: str = ""
     sample: Sample | None = None
@@ -102,7 +109,8 @@ class AgentDispatcher:
         self._queue: deque[Group] = deque()
         self._plays: list[_Play] = []
         self._made: dict[int, dict[int, Sample]] = {}  # order of the group -> index -> sample
-        self._lost: set[tuple[str, str]] = set()  # engines whose loss was told
+        self._lost: WeakSet[Member] = WeakSet()  # engines whose loss was told
+        self._gates: WeakKeyDictionary[Member, Gate] = WeakKeyDictionary()  # a suspect has its engine alone
         self._wake = asyncio.Event()
         self._service = ServiceLimit(weights, options.no_engine_timeout_seconds)
         self._watched = time.monotonic()
@@ -271,7 +279,7 @@ class AgentDispatcher:
             if play.thread.abandoned:
                 blocker = play.thread.blocker
                 self._blocked(play, known=blocker is not None and blocker.name in names, limit=limit)
-            elif waits:
+            elif waits or play.queued:
                 play.deadline += elapsed
             elif now > play.deadline:
                 self._give_up(play, _GivenUp.AGAIN, f"did not end within {limit:g} s (rollout.requestTimeoutSeconds)")
@@ -294,47 +302,58 @@ class AgentDispatcher:
         task = asyncio.current_task()
         assert task is not None
         play.requests.add(task)
+        play.attempts, reason = 0, play.reason
         try:
-            reason = play.reason
-            for attempt in range(self._options.max_attempts):
-                if play.given_up is not None:
-                    break
-                self.redispatched += attempt > 0
+            while play.given_up is None:
                 member = await self._engine(play)
-                answer = await self._ask(play, member, request)
+                gate, alone = self._gates.setdefault(member, Gate()), is_suspect(play)
+                play.queued = True
+                async with gate.exclusive() if alone else gate.shared():
+                    play.queued = False
+                    answer = await self._ask(play, member, request)
                 if isinstance(answer, SampleResult):
+                    play.misfortunes.clear()
                     return answer
-                reason = answer
+                reason, end = answer
+                if gives_up(play, end, member.name, alone=alone, max_attempts=self._options.max_attempts):
+                    reason += convicted(play)
+                    break
+                self.redispatched += 1
             self._give_up(play, _GivenUp.FAILED, reason)
             raise PeerLostError(reason)
         finally:
+            play.queued = False
             play.requests.discard(task)
 
-    async def _ask(self, play: _Play, member: Member, turn: TurnRequest) -> SampleResult | str:
+    async def _ask(self, play: _Play, member: Member, turn: TurnRequest) -> SampleResult | tuple[str, End]:
         """The engine's answer, or why there is none."""
         results: list[GroupResult] = []
-        lost = ""
+        reason, end = f"{member.name} ended its reply early", End.UNFINISHED
         try:
-            end = await self._client.generate(member, self._request(play, turn), results.append)
-            self.generated_tokens += end.generated_tokens
+            ended = await self._client.generate(member, self._request(play, turn), results.append)
+            self.generated_tokens += ended.generated_tokens
         except PeerLostError as error:
-            lost = str(error)
+            reason, end = str(error), end_of(error, member)
+            if isinstance(error, (RefusedError, UnreachableError)):
+                self._weights.doubt(member)
         result = next((result for result in results if result.id == play.group.uid), None)
-        if result is not None and result.error is None and result.samples[0].finish_reason != "abort":
-            return result.samples[0]
         if result is not None:
+            if result.error is None and result.samples[0].finish_reason != "abort":
+                return result.samples[0]
             reason = f"{member.name}: {result.error or 'aborted the request'}"
             if result.error_kind in PERMANENT:
                 self._give_up(play, _GivenUp.FAILED, reason)
             elif result.error_kind == "deadline":
                 self._give_up(play, _GivenUp.AGAIN, reason)
-            return reason
-        reason = lost or f"{member.name} ended its reply early"
-        self._members.suspect(member)
-        if (told := (member.name, member.beat.instance)) not in self._lost:
-            self._lost.add(told)
+            elif result.error_kind == "engine_dead":
+                end = End.ENGINE_DIED
+                self._members.suspect(member)
+            elif result.error_kind:
+                end = End.FAILED
+        if end in (End.ENGINE_DIED, End.LOST, End.NO_FAULT) and member not in self._lost:
+            self._lost.add(member)
             self._emit("warning", "RolloutLost", f"{reason}; its turns go to another engine")
-        return reason
+        return reason, end
 
     def _request(self, play: _Play, turn: TurnRequest) -> GenerateRequest:
         options, uid = self._options, play.group.uid

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from grpo_worker.rollout.gate import Gate
+from grpo_worker.concurrency import Gate
 
 
 async def entered(event: asyncio.Event, expected: bool) -> None:
