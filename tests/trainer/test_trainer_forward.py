@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_worker.errors import ConfigError, DataError
 from grpo_worker.trainer.batch import Sequences
+from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.model import PolicyModel, build_policy, load_language_model, named_parameters
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.update import compute_log_probs
@@ -73,12 +74,9 @@ def test_a_missing_model_names_its_path(tmp_path: Path) -> None:
         load_language_model(options_for(tmp_path / "nowhere"))
 
 
-def test_a_short_attention_window_is_refused_unless_padded(tmp_path: Path) -> None:
-    model = save_tiny_model(
-        tmp_path, use_sliding_window=True, sliding_window=32, layer_types=["sliding_attention", "full_attention"]
-    )
-    with pytest.raises(ConfigError, match="useRemovePadding"):
-        load_language_model(options_for(model))
+def test_an_attention_window_is_right_with_padding(tmp_path: Path) -> None:
+    layer_types = ["sliding_attention", "full_attention"]
+    model = save_tiny_model(tmp_path, use_sliding_window=True, sliding_window=32, layer_types=layer_types)
     options = options_for(model, model={"useRemovePadding": False})
     sequences = sequences_of([(20, 40), (3, 5)])
     log_probs, _ = log_probs_of(policy(options), sequences, options)
@@ -87,4 +85,4 @@ def test_a_short_attention_window_is_refused_unless_padded(tmp_path: Path) -> No
 
 def test_sequences_longer_than_the_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_position_embeddings of 256"):
-        load_language_model(options_for(save_tiny_model(tmp_path), data={"maxResponseLength": 512}))
+        TrainerEngine(options_for(save_tiny_model(tmp_path), data={"maxResponseLength": 512}), single_rank())

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo_worker.errors import ConfigError
-
 PACKED_ATTENTION = "grpo_packed"
-PADDED_ATTENTION = "sdpa"
 MAX_PADDING_RATIO = 2.0  # padded tokens over real ones up to which one padded call beats one call a sequence
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -37,8 +33,6 @@ def _varlen_arguments() -> dict[str, Any]:
 
 
 VARLEN_ARGUMENTS = _varlen_arguments()
-
-UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux")
 
 
 def attention_arguments(cu_seq_lens: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
@@ -70,11 +64,6 @@ def packed_attention(
     """query [1, heads, tokens, head width], key and value [1, key-value heads, ...] -> [1, tokens, heads, head
     width].
     """
-    for name in UNSUPPORTED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise ConfigError(
-                f"model.useRemovePadding: this model's attention uses {name}. Set useRemovePadding: false."
-            )
     if cu_seq_lens_q is not None and query.dtype in HALF_DTYPES and varlen_attn is not None:
         assert max_length_q is not None
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -113,18 +102,6 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...],
     )
     rows = output.transpose(1, 2)
     return torch.cat([rows[i, :length] for i, length in enumerate(lengths)]).unsqueeze(0)
-
-
-def check_packable(config: PreTrainedConfig, max_sequence_tokens: int) -> None:
-    """Raises ConfigError for a sliding window shorter than the longest sequence: packing has no such mask."""
-    layer_types = getattr(config, "layer_types", None) or []
-    windowed = "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None))
-    window = getattr(config, "sliding_window", None)
-    if windowed and window and window < max_sequence_tokens and getattr(config, "use_sliding_window", True):
-        raise ConfigError(
-            f"model.useRemovePadding: the model's attention window of {window} tokens is shorter than "
-            f"data.maxPromptLength + data.maxResponseLength = {max_sequence_tokens}. Shorten them, or set useRemovePadding: false."
-        )
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

@@ -36,13 +36,16 @@ from grpo_worker.trainer.failures import OperationRefused
 from grpo_worker.trainer.model import (
     PolicyModel,
     build_policy,
+    check_length,
     checkpoint_directory,
+    load_config,
     load_language_model,
     set_float32_precision,
 )
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.publish import Publisher
+from grpo_worker.trainer.self_check import check_model
 from grpo_worker.trainer.shards import ShardStore
 from grpo_worker.trainer.update import TrainerState, Updater, compute_log_probs, memory_metrics
 from grpo_worker.trainer.user_loss import policy_loss
@@ -62,9 +65,16 @@ class TrainerEngine:
         spec = options.spec
         loss = policy_loss(spec.actor.loss_mode)
         set_float32_precision(spec.model.dtype == "tf32")
+        config = load_config(spec.model.path, spec.model.revision)
+        check_length(config, options)
+        scale = check_model(config, spec.model.use_remove_padding, options.max_sequence_tokens)
         offload = spec.actor.fsdp
         self.model = build_policy(
-            load_language_model(options), options, ranks.mesh, param_offload=offload.param_offload
+            load_language_model(options),
+            options,
+            ranks.mesh,
+            logit_scale=scale,
+            param_offload=offload.param_offload,
         )
         # The reference is the model that training began with, never a checkpoint's.
         self.reference: PolicyModel | None = None
@@ -73,6 +83,7 @@ class TrainerEngine:
                 load_language_model(options),
                 options,
                 ranks.mesh,
+                logit_scale=scale,
                 trainable=False,
                 param_offload=spec.ref.fsdp.param_offload,
             )

@@ -16,7 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from grpo_worker.errors import ConfigError, DataError, one_line
 from grpo_worker.trainer import attention
@@ -25,35 +31,48 @@ from grpo_worker.trainer.logprobs import EAGER, ChunkKernels, chunked_log_probs
 from grpo_worker.trainer.options import TrainerOptions
 
 PREFIX = "lm."
-# A model whose logits are not hidden @ head.T cannot use our head.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "final_logit_scale")
 
 
 class PolicyModel(nn.Module):
     """forward: a micro-batch in, (log-probs, entropy) of its response tokens out, float32 [response tokens]."""
 
-    def __init__(self, lm: PreTrainedModel, packed: bool, chunk_tokens: int, kernels: ChunkKernels = EAGER) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        packed: bool,
+        chunk_tokens: int,
+        logit_scale: float = 1.0,
+        kernels: ChunkKernels = EAGER,
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.packed = packed
         self.chunk_tokens = chunk_tokens
+        self.logit_scale = logit_scale
         self.kernels = kernels
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self.lm.model.layers
+        """The decoder's layers, whatever the model calls them: FSDP's units."""
+        count = self.lm.config.get_text_config().num_hidden_layers
+        lists = (module for module in self.lm.base_model.modules() if isinstance(module, nn.ModuleList))
+        found = next((layers for layers in lists if len(layers) == count), None)
+        if found is None:
+            raise ConfigError(f"model.path: {type(self.lm).__name__} has no list of its {count} layers.")
+        return found
 
     def forward(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if self.packed:
             assert batch.cu_seq_lens is not None
-            arguments |= attention.attention_arguments(batch.cu_seq_lens, batch.lengths)
-        output = self.lm.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True, **arguments
-        )
+            arguments = attention.attention_arguments(batch.cu_seq_lens, batch.lengths)
+            arguments["position_ids"] = batch.position_ids
+        else:
+            arguments = {"attention_mask": batch.attention_mask}
+        output = self.lm.base_model(input_ids=batch.input_ids, use_cache=False, return_dict=True, **arguments)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.predict_index]
-        weight = self.lm.lm_head.weight
-        return chunked_log_probs(hidden, weight, batch.targets, temperature, self.chunk_tokens, self.kernels)
+        weight = self.lm.get_output_embeddings().weight
+        scaled = temperature / self.logit_scale
+        return chunked_log_probs(hidden, weight, batch.targets, scaled, self.chunk_tokens, self.kernels)
 
 
 def set_float32_precision(tf32: bool) -> None:
@@ -72,43 +91,36 @@ def load_config(path: str, revision: str | None) -> PreTrainedConfig:
         raise DataError(f"model.path: no model at {path!r}: {one_line(error)}") from error
 
 
-def check_supported(config: PreTrainedConfig, options: TrainerOptions) -> None:
-    """Raises ConfigError for what the packed forward or the chunked head would compute wrongly."""
-    for name in LOGIT_TRANSFORMS:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(f"model.path: {config.model_type} changes its logits by {name}, which is not supported.")
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        raise ConfigError(
-            f"model.path: {config.model_type} is a mixture of experts; only dense decoders are supported."
-        )
+def attention_implementation(config: PreTrainedConfig, packed: bool) -> str:
+    """Ours for packed rows; for padded ones PyTorch's, or Transformers' own where a model has no other."""
+    if packed:
+        return attention.PACKED_ATTENTION
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def check_length(config: PreTrainedConfig, options: TrainerOptions) -> None:
+    """Raises ConfigError when the job's sequences may be longer than the model's positions."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and options.max_sequence_tokens > longest:
         raise ConfigError(
             f"data.maxPromptLength + data.maxResponseLength = {options.max_sequence_tokens} is over the model's "
             f"max_position_embeddings of {longest}."
         )
-    if options.spec.model.use_remove_padding:
-        attention.check_packable(config, options.max_sequence_tokens)
 
 
 def load_language_model(options: TrainerOptions) -> PreTrainedModel:
-    """The model in the checkpoint's dtype on the CPU. Raises DataError when it is missing or not a dense decoder."""
+    """The model in the checkpoint's dtype on the CPU. Raises DataError when it is missing."""
     section = options.spec.model
     path, revision = section.path, section.revision
     config = load_config(path, revision)
-    check_supported(config, options)
-    implementation = attention.PACKED_ATTENTION if section.use_remove_padding else attention.PADDED_ATTENTION
+    implementation = attention_implementation(config, section.use_remove_padding)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype="auto", attn_implementation=implementation, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise DataError(f"model.path: {path!r} does not load: {one_line(error)}") from error
-    decoder, head = getattr(lm, "model", None), getattr(lm, "lm_head", None)
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not isinstance(head, nn.Linear):
-        raise ConfigError(f"model.path: {type(lm).__name__} is no decoder with `model.layers` and `lm_head`.")
-    if head.bias is not None:
-        raise ConfigError(f"model.path: {type(lm).__name__} has a bias in its LM head, which is not supported.")
     return lm.eval()
 
 
@@ -117,6 +129,7 @@ def build_policy(
     options: TrainerOptions,
     mesh: DeviceMesh,
     *,
+    logit_scale: float = 1.0,
     trainable: bool = True,
     param_offload: bool = False,
 ) -> PolicyModel:
@@ -126,15 +139,16 @@ def build_policy(
     """
     section, compute_dtype = options.spec.model, options.compute_dtype
     stored_dtype = torch.float32 if trainable else compute_dtype
-    model = PolicyModel(lm, section.use_remove_padding, options.chunk_tokens, ChunkKernels(options.compile))
+    kernels = ChunkKernels(options.compile)
+    model = PolicyModel(lm, section.use_remove_padding, options.chunk_tokens, logit_scale, kernels)
     model.requires_grad_(trainable)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=options.device == "cuda") if param_offload else OffloadPolicy()
     # On one rank nothing is gained by freeing the gathered parameters between forward and backward.
     reshard = mesh.size() > 1 or param_offload
+    wrap_layers(model, options.compile, section.enable_gradient_checkpointing and trainable)
     for layer in model.layers:
         layer.to(stored_dtype)
-        _wrap_forward(layer, options.compile, section.enable_gradient_checkpointing and trainable)
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     model.to(stored_dtype)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
@@ -146,8 +160,13 @@ def build_policy(
     return model
 
 
+def wrap_layers(model: PolicyModel, compile: bool, checkpointed: bool) -> None:
+    """Compile, then checkpoint, each layer's forward. FSDP's hooks stay outside: recomputation gathers nothing again."""
+    for layer in model.layers:
+        _wrap_forward(layer, compile, checkpointed)
+
+
 def _wrap_forward(layer: nn.Module, compile: bool, checkpointed: bool) -> None:
-    """Compile, then checkpoint, the layer's forward. FSDP's hooks stay outside: recomputation gathers nothing again."""
     forward: Callable[..., Any] = layer.forward
     if compile:
         forward = torch.compile(forward, dynamic=True)
