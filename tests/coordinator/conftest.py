@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from coordinator_helpers import TOKEN
 from coordinator_stage import PROMPTS, Stage
+from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from grpo_worker.coordinator import dispatch, saver
@@ -59,6 +61,8 @@ def stage(tmp_path: Path, rewards: Path, tokenizer: PreTrainedTokenizerBase, mon
     monkeypatch.setattr(saver, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(dispatch, "CHUNK_PROMPTS", 2)
     tokenizer.save_pretrained(str(tmp_path / "model"))
+    (tmp_path / "model" / "config.json").write_text("{}")
+    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model" / "model.safetensors")
     columns = {"prompt": [f"{i}+1=" for i in range(PROMPTS)], "response": [""] * PROMPTS, "reward": [str(i + 1) for i in range(PROMPTS)]}  # fmt: skip
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     port = free_port()

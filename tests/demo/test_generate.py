@@ -97,7 +97,7 @@ def test_no_prompt_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_named_and_never_cut() -> None:
-    info = describe(build_tokenizer(), "demo")
+    info = describe(build_tokenizer(), Path("demo"))
     with pytest.raises(UsageError, match=r"prompt 2 \('7777.*is longer than 10 tokens: the model's context is 26"):
         encode_prompts(info, ["1+2=", "7" * 11], max_prompt_tokens=10, max_tokens=16)
     with pytest.raises(UsageError, match="--max-tokens 256 fills the model's context of 256 tokens"):

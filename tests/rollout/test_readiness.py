@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from replica_helpers import engine_options
 
-from grpo_worker.errors import ConfigError, DataError, DeviceError
+from grpo_worker.errors import ConfigError, DeviceError
 from grpo_worker.protocol.messages import HeartbeatReply, VersionSpan
 from grpo_worker.rollout.heartbeat import unready_reason
-from grpo_worker.rollout.options import engine_environment, resolve_model, startup_error
+from grpo_worker.rollout.options import engine_environment, startup_error
 from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack, version_of_tag
 
 
@@ -100,13 +100,6 @@ def test_a_failed_start_says_what_vllm_said_and_what_to_change(
     assert type(error) is kind
     for part in parts:
         assert part in str(error)
-
-
-def test_a_model_that_is_not_there_names_the_field(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"model.path: .*/nothing is not a directory"):
-        resolve_model(str(tmp_path / "nothing"), None)
-    with pytest.raises(DataError, match=r"has no config.json"):
-        resolve_model(str(tmp_path), None)
 
 
 def test_the_worker_shares_the_engines_process_only_on_cpu_without_tensor_parallelism() -> None:

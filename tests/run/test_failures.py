@@ -20,7 +20,7 @@ STALENESS = "training/off_policy/trajectory_staleness/max"
 def prompts_in_data_order(workspace: Workspace, job: Path, count: int, monkeypatch: Any) -> list[str]:
     monkeypatch.chdir(workspace.root)
     spec = load_job(job).spec
-    data = open_training_data(spec, load_tokenizer(spec.model.path).tokenizer)
+    data = open_training_data(spec, load_tokenizer(Path(spec.model.path)).tokenizer)
     return [prompt.uid for prompt, _ in zip(data.iterate(), range(count), strict=False)]
 
 

@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainerEngine]:
-    engine = TrainerEngine(options_for(source, save_dtype="bfloat16"), single_rank())
+    engine = TrainerEngine(options_for(source, model={"dtype": "bfloat16"}), single_rank())
     directory = tmp_path_factory.mktemp("checkpoint")
     engine.run(SaveRequest(directory=str(directory), step=1))
     status = engine.save_status(60.0)

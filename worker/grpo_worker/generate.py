@@ -90,7 +90,7 @@ def generate(
     from grpo_worker.protocol.messages import Array, GenerateRequest, PromptRequest, Sampling
     from grpo_worker.rollout.options import EngineOptions
 
-    info = load_tokenizer(str(model))
+    info = load_tokenizer(model)
     context_tokens = _context_tokens(model)
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, context_tokens // 2))

@@ -54,6 +54,10 @@ class RunDirectory:
         """Who runs here: URL of the coordinator, process ids."""
         return self.root / "run.json"
 
+    def model_commit(self, model_id: str, revision: str | None) -> Path:
+        """Which commit of a model from the hub this run trains."""
+        return self.root / "models" / f"{model_id}@{revision or 'main'}".replace("/", "--")
+
     @property
     def lock(self) -> Path:
         return self.root / ".lock"

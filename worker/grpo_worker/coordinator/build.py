@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from grpo_worker.algorithms import ESTIMATORS, AdvantageEstimator, make_kl_controller
 from grpo_worker.config import GRPOJob, Spec, resolved_document
@@ -38,7 +39,7 @@ from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
 from grpo_worker.environment import RESUME
 from grpo_worker.functions import load_function
 from grpo_worker.metric_loggers import EventLog, open_loggers
-from grpo_worker.model_files import parameter_count
+from grpo_worker.model_files import parameter_count, resolve_model
 from grpo_worker.protocol.messages import Sampling
 from grpo_worker.rewards.pool import RewardPool
 from grpo_worker.run_directory import RunDirectory
@@ -73,12 +74,16 @@ async def build(
         progress.saved,
         progress.kept,
     )
-    saver.prepare((parameter_count(spec.model.path) or 0) * CHECKPOINT_BYTES_PER_PARAMETER)
+    progress.set("Starting", f"looking for the model {spec.model.path}")
+    with startup.part("model"):
+        directory = await asyncio.to_thread(resolve_model, spec.model.path, spec.model.revision)
+    events.emit("info", "Model", f"Model: {directory}")
+    saver.prepare(parameter_count(directory) * CHECKPOINT_BYTES_PER_PARAMETER)
     estimator = _estimator(spec.algorithm.advantage_estimator)
     agent = load_agent(spec.rollout.agent, spec.rollout.agent_options) if spec.rollout.agent else None
     progress.set("Starting", "reading the data")
     with startup.part("data"):
-        tokenizer, data, validation_prompts = await asyncio.to_thread(_open_data, spec, events)
+        tokenizer, data, validation_prompts = await asyncio.to_thread(_open_data, spec, directory, events)
     _check_decay(spec, data)
     with startup.part("rewards"):
         scorer = await _start_scorer(spec, tokenizer, events, stack)
@@ -95,7 +100,7 @@ async def build(
     kl = spec.algorithm.kl_ctrl
     kl_controller = make_kl_controller(kl.type, kl.kl_coef, horizon=kl.horizon, target_kl=kl.target_kl)
     learner = Learner(spec, outside.trainer, estimator, kl_controller)
-    model = describe_model(spec.model.path, spec.model.revision)
+    model = describe_model(spec.model.path, spec.model.revision, directory)
     step, updates, cursor = 0, 0, Cursor()
     with startup.part("resume"):
         resumed = await saver.resume(os.environ.get(RESUME) or spec.checkpoint.resume)
@@ -140,9 +145,9 @@ def _estimator(name: str) -> AdvantageEstimator:
     return ESTIMATORS[name] if name in ESTIMATORS else load_function(name, "algorithm.advantageEstimator")
 
 
-def _open_data(spec: Spec, events: EventLog) -> tuple[TokenizerInfo, BlockDataset, list[Prompt]]:
+def _open_data(spec: Spec, model: Path, events: EventLog) -> tuple[TokenizerInfo, BlockDataset, list[Prompt]]:
     """Read and tokenise everything once. Raises DataError."""
-    tokenizer = load_tokenizer(spec.model.path, spec.model.revision)
+    tokenizer = load_tokenizer(model)
     for note in tokenizer.notes:
         events.emit("warning", "Tokenizer", note)
     data = open_training_data(spec, tokenizer.tokenizer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_worker.errors import DataError
+from grpo_worker.model_files import weight_files
 
 DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -29,30 +30,25 @@ class RunState:
     in_flight: list[str]  # uids; generated again after a resume
 
 
-def describe_model(path: str, revision: str | None) -> dict[str, Any]:
-    """What tells one starting model from another, without reading its weights; of a hub id the name alone."""
-    described: dict[str, Any] = {"path": path, "revision": revision}
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        files = [directory / name for name in DESCRIBING_FILES if (directory / name).is_file()]
-        described["files"] = {file.name: zlib.crc32(file.read_bytes()) for file in files}
-        described["weight_bytes"] = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    return described
+def describe_model(path: str, revision: str | None, directory: Path) -> dict[str, Any]:
+    """What tells one starting model from another, without reading its weights."""
+    files = [directory / name for name in DESCRIBING_FILES if (directory / name).is_file()]
+    return {
+        "path": path,
+        "revision": revision,
+        "files": {file.name: zlib.crc32(file.read_bytes()) for file in files},
+        "weight_bytes": sum(file.stat().st_size for file in weight_files(directory)),
+    }
 
 
 def check_same_model(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises DataError. A directory may have moved: its contents count."""
     names = [f"{model['path']}" + (f"@{model['revision']}" if model["revision"] else "") for model in (saved, now)]
-    if "files" not in saved or "files" not in now:
-        differing = [] if names[0] == names[1] else ["its name"]
-    else:
-        differing = [
-            name
-            for name in sorted({*saved["files"], *now["files"]})
-            if saved["files"].get(name) != now["files"].get(name)
-        ]
-        if saved["weight_bytes"] != now["weight_bytes"]:
-            differing.append(f"the weights ({saved['weight_bytes']} bytes then, {now['weight_bytes']} now)")
+    differing = [
+        name for name in sorted({*saved["files"], *now["files"]}) if saved["files"].get(name) != now["files"].get(name)
+    ]
+    if saved["weight_bytes"] != now["weight_bytes"]:
+        differing.append(f"the weights ({saved['weight_bytes']} bytes then, {now['weight_bytes']} now)")
     if differing:
         raise DataError(
             f"model.path: the checkpoint's run began with {names[0]}, this document says {names[1]}, and they differ in "

@@ -4,9 +4,7 @@ Invariant: a `TokenizerInfo` has at least one end-of-sequence id, so a response 
 fed to the model (sequences are packed), so a missing pad token is a note and not an error.
 """
 
-import difflib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +13,6 @@ from grpo_worker.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -31,26 +27,26 @@ class TokenizerInfo:
     notes: tuple[str, ...] = ()
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> TokenizerInfo:
-    """Load from a directory, or by Hugging Face id from the local cache or the hub. Remote code is never run."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        source, offline = str(local), True
-    else:
-        _refuse_missing_path(path, local)
-        source, offline = path, _offline_variable() is not None
-
+def load_tokenizer(directory: Path) -> TokenizerInfo:
+    """Load from a model directory (see `resolve_model`). Remote code is never run."""
     from transformers import AutoTokenizer  # seconds to import: files can be read and checked without it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=offline)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise DataError(_load_message(path, revision, local, error)) from error
-    return describe(tokenizer, path, _generation_eos_ids(source, revision, offline))
+        if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+            held = ", ".join(sorted(entry.name for entry in directory.iterdir())[:6]) or "nothing"
+            raise DataError(
+                f"model.path: {directory} has no tokenizer (it holds {held}). Copy tokenizer.json of the model there."
+            ) from error
+        raise DataError(
+            f"model.path: the tokenizer in {directory} cannot be loaded ({one_line(error)}). Copy its files again."
+        ) from error
+    return describe(tokenizer, directory, _generation_eos_ids(directory))
 
 
 def describe(
-    tokenizer: "PreTrainedTokenizerBase", path: str, generation_eos_ids: tuple[int, ...] = ()
+    tokenizer: "PreTrainedTokenizerBase", path: Path, generation_eos_ids: tuple[int, ...] = ()
 ) -> TokenizerInfo:
     """Check the special tokens; `generation_eos_ids` are the further ones of generation_config.json."""
     if tokenizer.eos_token_id is None:
@@ -81,77 +77,15 @@ def describe(
     )
 
 
-def _offline_variable() -> str | None:
-    on = ("1", "on", "yes", "true")
-    return next((name for name in _OFFLINE_VARIABLES if os.environ.get(name, "").lower() in on), None)
-
-
-def _refuse_missing_path(path: str, local: Path) -> None:
-    """What cannot be a Hugging Face id (`name` or `owner/name`) is a path, and must exist."""
-    is_id = path.count("/") <= 1 and not path.startswith(("/", ".", "~")) and not path.endswith("/")
-    if local.is_file():
-        raise DataError(f"model.path: {path} is a file. Name the directory that holds config.json and tokenizer.json.")
-    if not is_id:
-        raise DataError(f"model.path: {path} does not exist.{_near_directories(local)}")
-
-
-def _near_directories(local: Path) -> str:
-    parent = local.parent
-    if not parent.is_dir():
-        return f" Nor does its directory {parent}. Check the path, or mount the volume that holds it."
-    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
-    near = difflib.get_close_matches(local.name, names, n=3)
-    if near:
-        return f" Did you mean {' or '.join(str(parent / name) for name in near)}?"
-    return f" Directories there: {', '.join(names[:5])}." if names else f" {parent} holds no directory."
-
-
-def _load_message(path: str, revision: str | None, local: Path, error: Exception) -> str:
-    reason = one_line(error)
-    if local.is_dir():
-        if not any((local / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-            held = sorted(entry.name for entry in local.iterdir())[:6]
-            listing = ", ".join(held) if held else "nothing"
-            return f"model.path: {path} has no tokenizer (it holds {listing}). Copy tokenizer.json of the model there."
-        return f"model.path: the tokenizer in {path} cannot be loaded ({reason}). Copy its files again."
-    wanted = f"{path} at revision {revision}" if revision else path
-    variable = _offline_variable()
-    if variable:
-        return (
-            f"model.path: {path} is not a directory here, and {wanted} is not in the Hugging Face cache "
-            f"({variable} is set, so the hub is not asked).{_near_relative(local)} "
-            "Give a directory, or download the model first."
-        )
-    return (
-        f"model.path: {path} is not a directory here, and {wanted} could not be had from the Hugging Face hub: "
-        f"it is not reachable, or there is no such model ({reason}).{_near_relative(local)} "
-        "Give a directory, check the name and revision, or download the model first."
-    )
-
-
-def _near_relative(local: Path) -> str:
-    if not local.parent.is_dir():
-        return ""
-    names = [entry.name for entry in local.parent.iterdir() if entry.is_dir()]
-    near = difflib.get_close_matches(local.name, names, n=1)
-    return f" Did you mean the directory {local.parent / near[0]}?" if near else ""
-
-
-def _generation_eos_ids(source: str, revision: str | None, offline: bool) -> tuple[int, ...]:
+def _generation_eos_ids(directory: Path) -> tuple[int, ...]:
     """The eos ids of generation_config.json: chat models often end a turn with another token than the tokenizer's."""
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(source, "generation_config.json", revision=revision, local_files_only=offline)
-    except OSError:  # the file is optional, and the tokenizer beside it was found
-        return ()
-    if found is None:
+    found = directory / "generation_config.json"
+    if not found.is_file():
         return ()
     try:
-        config: Any = json.loads(Path(found).read_text(encoding="utf-8"))
-        value = config.get("eos_token_id")
+        value: Any = json.loads(found.read_text(encoding="utf-8")).get("eos_token_id")
         if value is None:
             return ()
         return tuple(int(token) for token in (value if isinstance(value, list) else [value]))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"model.path: {found} is damaged ({error}). Copy it again, or remove it.") from error

@@ -29,6 +29,7 @@ import xxhash
 
 from grpo_worker.concurrency import Gate
 from grpo_worker.errors import DeviceError, GRPOError, PeerLostError, StalledError
+from grpo_worker.model_files import resolve_model
 from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
     ApplyWeightsRequest,
@@ -42,7 +43,6 @@ from grpo_worker.rollout.options import (
     engine_arguments,
     engine_environment,
     log_configuration,
-    resolve_model,
     startup_error,
 )
 from grpo_worker.rollout.staging import StagingMemory

@@ -12,7 +12,7 @@ from typing import Any
 from grpo_worker.config.actor import Model
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.config.run import Network
-from grpo_worker.errors import ConfigError, DataError, DeviceError, GRPOError
+from grpo_worker.errors import ConfigError, DeviceError, GRPOError
 
 BACKEND = "grpo_store"  # the weight transport that the plug-in registers
 WORKER_EXTENSION = "grpo_worker.rollout.plugin.WorkerExtension"
@@ -53,36 +53,6 @@ def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> d
     if not on_gpu:
         arguments["block_size"] = 32  # vLLM's 128 on CPU never shares a short prompt
     return {**arguments, **rollout.engine_args, "max_model_len": options.max_model_len}
-
-
-def resolve_model(path: str, revision: str | None) -> Path:
-    """The local directory of a model; a Hugging Face id is looked up in the cache and downloaded when it is not there.
-
-    Raises:
-        DataError: no such directory, or the hub does not give it.
-    """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").exists():
-            raise DataError(f"model.path: {local} has no config.json. Give a model directory in Hugging Face format.")
-        return local.resolve()
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise DataError(
-            f"model.path: {path} is not a directory. Give a model directory in Hugging Face format, or a Hugging Face id."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f"model.path: '{path}' is neither a directory nor a model that the Hugging Face hub gives us ({error})"
-        ) from error
 
 
 _MEMORY = re.compile(

@@ -37,7 +37,6 @@ from grpo_worker.trainer.model import (
     PolicyModel,
     build_policy,
     check_length,
-    checkpoint_directory,
     load_config,
     load_language_model,
     set_float32_precision,
@@ -65,7 +64,7 @@ class TrainerEngine:
         spec = options.spec
         loss = policy_loss(spec.actor.loss_mode)
         set_float32_precision(spec.model.dtype == "tf32")
-        config = load_config(spec.model.path, spec.model.revision)
+        config = load_config(options.model_directory)
         check_length(config, options)
         scale = check_model(config, spec.model.use_remove_padding, options.max_sequence_tokens)
         offload = spec.actor.fsdp
@@ -99,7 +98,7 @@ class TrainerEngine:
             self.optimizer,
             ranks,
             options.compute_dtype,
-            checkpoint_directory(spec.model.path),
+            options.model_directory,
             spec.trainer.seed,
             spec.trainer.process_group_timeout_seconds,
         )

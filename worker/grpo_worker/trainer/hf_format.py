@@ -35,7 +35,7 @@ def split_shards(sizes: Mapping[str, int], limit_bytes: int = MAX_SHARD_BYTES) -
 
 
 def write_model(
-    directory: Path, lm: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype, source: Path | None
+    directory: Path, lm: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype, source: Path
 ) -> None:
     """Write `state` and what belongs to it. `source` is the model's directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -50,20 +50,18 @@ def write_model(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     (directory / CONFIG_FILE).write_text(json.dumps(_config(lm, dtype, source), indent=2, ensure_ascii=False) + "\n")
-    if source is not None:
-        for name in files_beside_weights(source):
-            (directory / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, directory / name)
+    for name in files_beside_weights(source):
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
 
 
-def _config(lm: PreTrainedModel, dtype: torch.dtype, source: Path | None) -> dict[str, Any]:
+def _config(lm: PreTrainedModel, dtype: torch.dtype, source: Path) -> dict[str, Any]:
     """The source's config.json with our dtype and class; the loaded one when it is of another kind (the text part of a larger model)."""
-    config: dict[str, Any] = lm.config.to_dict()
-    if source is not None:
-        original = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-        if original.get("model_type") == lm.config.model_type:
-            if "quantization_config" not in config:  # was undone when the model was loaded
-                original.pop("quantization_config", None)
-            config = original
+    config: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+    loaded = lm.config.to_dict()
+    if config.get("model_type") != lm.config.model_type:
+        config = loaded
+    elif "quantization_config" not in loaded:  # undone when the model was loaded
+        config.pop("quantization_config", None)
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
     return config | {"architectures": [type(lm).__name__]} | dict.fromkeys(names, str(dtype).removeprefix("torch."))

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from grpo_worker.errors import ConfigError, DataError, one_line
+from grpo_worker.model_files import CONFIG_FILE
 from grpo_worker.trainer import attention
 from grpo_worker.trainer.batch import MicroBatch
 from grpo_worker.trainer.logprobs import EAGER, ChunkKernels, chunked_log_probs
@@ -84,11 +85,11 @@ def set_float32_precision(tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's own default is True
 
 
-def load_config(path: str, revision: str | None) -> PreTrainedConfig:
+def load_config(directory: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"model.path: no model at {path!r}: {one_line(error)}") from error
+        raise DataError(f"model.path: {directory / CONFIG_FILE} does not load: {one_line(error)}") from error
 
 
 def attention_implementation(config: PreTrainedConfig, packed: bool) -> str:
@@ -111,16 +112,14 @@ def check_length(config: PreTrainedConfig, options: TrainerOptions) -> None:
 
 def load_language_model(options: TrainerOptions) -> PreTrainedModel:
     """The model in the checkpoint's dtype on the CPU. Raises DataError when it is missing."""
-    section = options.spec.model
-    path, revision = section.path, section.revision
-    config = load_config(path, revision)
-    implementation = attention_implementation(config, section.use_remove_padding)
+    directory = options.model_directory
+    implementation = attention_implementation(load_config(directory), options.spec.model.use_remove_padding)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype="auto", attn_implementation=implementation, trust_remote_code=False
+            directory, dtype="auto", attn_implementation=implementation, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise DataError(f"model.path: {path!r} does not load: {one_line(error)}") from error
+        raise DataError(f"model.path: {directory} does not load: {one_line(error)}") from error
     return lm.eval()
 
 
@@ -195,8 +194,3 @@ def gathered_parameters(model: PolicyModel, dtype: torch.dtype, device: torch.de
         whole = tensor.to(device=device, dtype=dtype)
         assert isinstance(whole, DTensor)
         yield name, whole.full_tensor()
-
-
-def checkpoint_directory(path: str) -> Path | None:
-    """The model's directory when it is one (its tokenizer files are copied beside saved weights)."""
-    return Path(path) if Path(path).is_dir() else None

@@ -6,12 +6,15 @@ in messages. Only what follows from both (a default that depends on the device) 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from grpo_worker.config.job import Spec
 from grpo_worker.environment import ADVERTISED_HOST, COORDINATOR_URL, LISTEN_HOST, MEMBER_NAME
+from grpo_worker.model_files import resolve_model
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
@@ -42,6 +45,11 @@ class TrainerOptions:
             coordinator_url=environment.get(COORDINATOR_URL, ""),
             name=environment.get(MEMBER_NAME, "trainer-0"),
         )
+
+    @cached_property
+    def model_directory(self) -> Path:
+        """Of `model.path`; a model from the hub may be downloaded at the first look. Raises DataError."""
+        return resolve_model(self.spec.model.path, self.spec.model.revision)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -55,7 +55,7 @@ class ShardStore:
         optimizer: PolicyOptimizer,
         ranks: Ranks,
         save_dtype: torch.dtype,
-        source: Path | None,
+        source: Path,
         seed: int,
         timeout_seconds: float,
     ) -> None:

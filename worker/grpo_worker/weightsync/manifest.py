@@ -7,7 +7,6 @@ dtype is refused as a whole, because vLLM itself does not report tensors that ar
 
 import json
 import math
-import struct
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import msgspec
 import xxhash
 
 from grpo_worker.errors import DataError, PeerLostError, RetryableError
+from grpo_worker.model_files import CONFIG_FILE, tensor_headers
 
 ALIGNMENT_BYTES = 64  # of each tensor in the buffer: any dtype may be viewed in place
 
@@ -166,32 +166,12 @@ def expected_tensors(model_directory: Path) -> tuple[dict[str, TensorSpec], froz
     Raises:
         DataError: no safetensors file, or one that cannot be read.
     """
-    files = sorted(model_directory.glob("*.safetensors"))
-    index = model_directory / "model.safetensors.index.json"
-    if index.exists():
-        files = [model_directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if not files:
-        raise DataError(
-            f"model.path: {model_directory} has no *.safetensors file. Save the model with safe_serialization=True."
-        )
-    tensors: dict[str, TensorSpec] = {}
-    for file in files:
-        for name, value in _header(file).items():
-            if name != "__metadata__":
-                dtype = _SAFETENSORS_DTYPES.get(value["dtype"], value["dtype"])
-                tensors[name] = TensorSpec(name, tuple(value["shape"]), dtype)
+    tensors = {
+        name: TensorSpec(name, shape, _SAFETENSORS_DTYPES.get(dtype, dtype))
+        for name, shape, dtype in tensor_headers(model_directory)
+    }
     optional = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
-    config = model_directory / "config.json"
+    config = model_directory / CONFIG_FILE
     if config.exists() and json.loads(config.read_text()).get("tie_word_embeddings", False):
         optional.add("lm_head.weight")
     return tensors, frozenset(optional)
-
-
-def _header(file: Path) -> dict[str, dict]:
-    """The JSON header of a safetensors file: 8 bytes little-endian length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            return json.loads(stream.read(length))
-    except (OSError, struct.error, ValueError) as error:
-        raise DataError(f"model.path: {file} is not a readable safetensors file ({error})") from error
