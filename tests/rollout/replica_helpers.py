@@ -128,8 +128,12 @@ class Replica:
         self.loop.run(self.generate_async(request, results))
         return results
 
-    def apply(self, source: StoreSource, timeout_seconds: float = 60) -> tuple[int, ApplyWeightsReply | ErrorReply]:
-        request = ApplyWeightsRequest(version=source.version, store=source, timeout_seconds=timeout_seconds)
+    def apply(
+        self, source: StoreSource, timeout_seconds: float = 60, *, clear_cache: bool = True
+    ) -> tuple[int, ApplyWeightsReply | ErrorReply]:
+        request = ApplyWeightsRequest(
+            version=source.version, store=source, timeout_seconds=timeout_seconds, clear_cache=clear_cache
+        )
         return self.loop.run(self.post("/v1/weights", codec.encode(request), kind=ApplyWeightsReply))
 
     def get(self, path: str) -> tuple[int, str]:

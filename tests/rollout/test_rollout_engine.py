@@ -174,6 +174,51 @@ def test_a_swap_under_running_requests_splits_their_spans_where_the_weights_chan
             np.testing.assert_allclose(got[cut:], hf_log_probs(19, tokens, 3)[cut:], atol=1e-4)
 
 
+def preemptions(replica: Replica) -> float:
+    _, page = replica.get("/metrics")
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("vllm:num_preemptions_total"))
+
+
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_running_requests_go_on_over_a_swap_with_what_they_have_when_caches_are_kept(
+    replica: Replica, trainer: Trainer, clear_cache: bool
+) -> None:
+    """8 requests run when the weights are swapped: cleared caches preempt each of them, kept ones none. Whatever was kept, a request that
+    comes afterwards sees nothing of the old weights, though its prompt is that of a running one."""
+    base = 60 + 10 * clear_cache
+    sync(replica, trainer, base, 18)
+    source = trainer.publish(base + 1, weights(19))
+    prompts = {f"p{i}": [3, 4, i + 2] * 32 for i in range(4)}
+    long = request_of(prompts, n=2, temperature=1.0, max_tokens=150)
+    before = preemptions(replica)
+
+    async def swap_while_running() -> dict[str, GroupResult]:
+        results: dict[str, GroupResult] = {}
+        generation = asyncio.create_task(replica.generate_async(long, results))
+        while replica.engine.stats()["running"] < 8:
+            assert not generation.done()
+            await asyncio.sleep(0.01)
+        status, _ = await asyncio.to_thread(replica.apply, source, clear_cache=clear_cache)
+        assert status == 200
+        await generation
+        return results
+
+    results = replica.loop.run(swap_while_running())
+    assert preemptions(replica) - before == (8 if clear_cache else 0)
+    for name, group in results.items():
+        for sample in group.samples:
+            assert [span.version for span in sample.versions] == [base, base + 1]
+            tokens, cut = prompts[name] + sample.token_ids.numpy().tolist(), sample.versions[0].end
+            got = sample.log_probs.numpy()
+            np.testing.assert_allclose(got[:cut], hf_log_probs(18, tokens, 96)[:cut], atol=1e-4)
+            after = np.abs(got[cut:] - hf_log_probs(19, tokens, 96)[cut:]).max()
+            assert (after < 1e-4) == clear_cache, "the new weights read what the old ones wrote"
+    for name, group in replica.generate(request_of(prompts)).items():
+        (sample,) = group.samples
+        tokens = prompts[name] + sample.token_ids.numpy().tolist()
+        np.testing.assert_allclose(sample.log_probs.numpy(), hf_log_probs(19, tokens, 96), atol=1e-4)
+
+
 @pytest.mark.parametrize("n", [1, 64])
 def test_groups_are_complete(replica: Replica, n: int) -> None:
     (group,) = replica.generate(request_of({"a": [2, 3]}, n=n, temperature=1.0, max_tokens=4)).values()

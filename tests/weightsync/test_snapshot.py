@@ -82,6 +82,37 @@ def test_a_waiting_writer_goes_on_when_the_reader_ends() -> None:
     thread.join(30)
 
 
+def test_readers_that_overlap_without_end_do_not_starve_the_writer() -> None:
+    """Streams of late joiners open one after the other, each before the one before has closed."""
+    store = SnapshotStore(timeout_seconds=5)
+    publish(store, 1, 1.0)
+    turns = [threading.Event() for _ in range(3)]
+    refused, done = threading.Event(), threading.Event()
+
+    def read(index: int) -> None:
+        while not done.is_set():
+            try:
+                with store.read(1, f"replica-{index}"):
+                    turns[(index + 1) % 3].set()  # the next one comes in before this one leaves
+                    turns[index].wait(0.05)
+                    turns[index].clear()
+            except VersionNotHeldError:
+                refused.set()
+                return
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    publish(store, 2, 2.0)
+    assert publish(store, 3, 3.0).version == 3
+    done.set()
+    for thread in threads:
+        thread.join(10)
+    assert refused.is_set()
+    with store.read(2, "a late joiner") as snapshot:
+        assert snapshot.manifest.version == 2
+
+
 def test_a_version_that_is_not_held_is_refused_with_those_that_are(store: SnapshotStore) -> None:
     publish(store, 4, 1.0)
     with pytest.raises(VersionNotHeldError, match=r"version 3 is not held \(held: 4\)"), store.read(3, "test"):

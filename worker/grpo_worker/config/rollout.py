@@ -77,6 +77,11 @@ class Rollout(Section):
     enable_prefix_caching: bool = field(
         True, "Samples of a group share the prompt's KV cache.", verl="rollout.enable_prefix_caching"
     )
+    keep_kv_cache: bool = field(
+        True,
+        "With maxStaleness of 1 and more, requests that run while weights are swapped go on with the KV cache that the old weights made; "
+        "false computes it again with the new ones.",
+    )
     cpu_kv_cache_gib: int = field(1, "KV cache of an engine on CPU.", unit="GiB", ge=1)
     engine_args: dict[str, Any] = field(
         dict, "Further vLLM engine arguments, passed through.", verl="rollout.engine_kwargs.vllm"
@@ -104,6 +109,11 @@ class Rollout(Section):
     validation: ValidationSampling = field(
         ValidationSampling, "Sampling on the validation files.", verl="rollout.val_kwargs"
     )
+
+    @property
+    def clears_kv_cache(self) -> bool:
+        """At every swap. Without staleness nothing runs then that would lose by it."""
+        return self.max_staleness == 0 or not self.keep_kv_cache
 
     def context_tokens(self, prompt_tokens: int, response_tokens: int) -> int:
         """Tokens that an engine holds of one sequence: what engineArgs says, else the longest prompt and response."""

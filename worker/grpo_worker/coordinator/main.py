@@ -63,7 +63,12 @@ class Coordinator:
             client = MemberClient(session, self._members, self._token)
             self._trainer = TrainerClient(client, self._members, network.request_timeout_seconds)
             self._weights = WeightSync(
-                client, self._members, self._trainer, network.weight_sync_timeout_seconds, self._events.emit
+                client,
+                self._members,
+                self._trainer,
+                network.weight_sync_timeout_seconds,
+                self._events.emit,
+                clear_cache=self._spec.rollout.clears_kv_cache,
             )
             self._progress = Progress(
                 self._job.name, self._incarnation, self._members, self._weights, self._spec.trainer.total_epochs

@@ -59,13 +59,22 @@ class WeightSync:
     """Publishes versions, applies them to engines, and brings engines that join into service."""
 
     def __init__(
-        self, client: MemberClient, members: Members, trainer: TrainerClient, timeout_seconds: float, emit: Emit
+        self,
+        client: MemberClient,
+        members: Members,
+        trainer: TrainerClient,
+        timeout_seconds: float,
+        emit: Emit,
+        *,
+        clear_cache: bool = True,
     ) -> None:
+        """`clear_cache`: requests that run during a swap lose their KV cache, and it is computed again."""
         self._client = client
         self._members = members
         self._trainer = trainer
         self._timeout_seconds = timeout_seconds
         self._emit = emit
+        self._clear_cache = clear_cache
         self._source: StoreSource | None = None
         self._publishing: list[Member] = []  # `join_forever` leaves them to `publish`
 
@@ -168,7 +177,9 @@ class WeightSync:
         source = self._source
         assert source is not None
         member.served = None
-        request = ApplyWeightsRequest(version=source.version, store=source, timeout_seconds=self._timeout_seconds)
+        request = ApplyWeightsRequest(
+            version=source.version, store=source, timeout_seconds=self._timeout_seconds, clear_cache=self._clear_cache
+        )
         what = f"the sync of version {source.version}"
         try:
             reply: ApplyWeightsReply = await self._client.ask(

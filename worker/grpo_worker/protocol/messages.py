@@ -140,7 +140,7 @@ class ApplyWeightsRequest(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     store: StoreSource
     timeout_seconds: float
-    clear_cache: bool = True
+    clear_cache: bool = True  # False: running requests keep the KV cache that the old weights made
 
 
 class ApplyWeightsReply(msgspec.Struct, frozen=True, kw_only=True):

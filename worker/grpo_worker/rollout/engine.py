@@ -128,6 +128,7 @@ class RolloutEngine:
         self._serials = itertools.count()
         self._tracks: dict[str, VersionTrack] = {}
         self._served_version = INITIAL_VERSION
+        self._cache_salt = "0"  # requests share cached prefixes with those that were admitted since the same swap alone
 
     async def start(self) -> None:
         """Load the model. Minutes for a large one; the event loop stays free.
@@ -206,7 +207,9 @@ class RolloutEngine:
                 ids.append(identifier)
                 self._tracks[identifier] = VersionTrack([(self._served_version, 0)])
                 collectors.append(
-                    await self._llm.add_request(identifier, {"prompt_token_ids": list(prompt)}, parameters)
+                    await self._llm.add_request(
+                        identifier, {"prompt_token_ids": list(prompt), "cache_salt": self._cache_salt}, parameters
+                    )
                 )
         except BaseException as error:
             await self._abort(ids)
@@ -303,7 +306,7 @@ class RolloutEngine:
         """Runs in a thread: generation goes on."""
         manifest = pull(
             request.store, token=self.options.token, into=self._staging.reserve, streams=self.options.network.weight_sync_streams,
-            deadline=deadline,
+            timeout_seconds=self.options.network.member_timeout_seconds, deadline=deadline,
             check=lambda manifest: verify(manifest, self._expected, optional=self._optional, dtypes=self._dtypes),
         )  # fmt: skip
         self.pulled_bytes += manifest.total_bytes
@@ -315,6 +318,9 @@ class RolloutEngine:
 
         try:
             await self._llm.pause_generation(mode="keep", clear_cache=request.clear_cache)
+            self._cache_salt = str(
+                int(self._cache_salt) + 1
+            )  # here: what is admitted from now on runs with the new weights
             if self.broken:
                 await self._end_stale_session()
             began = time.perf_counter()

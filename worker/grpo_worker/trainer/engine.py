@@ -88,10 +88,17 @@ class TrainerEngine:
             )
         self.optimizer = PolicyOptimizer(self.model, spec.actor.optim, ranks, offload.optimizer_offload)
         self.updater = Updater(self.model, self.optimizer, options, ranks, loss, self.state)
-        self.store = SnapshotStore() if ranks.is_first else None
+        self.store = SnapshotStore(timeout_seconds=spec.network.weight_sync_timeout_seconds) if ranks.is_first else None
         self.weights = None
         if self.store is not None:
-            self.weights = WeightServer(self.store, options.host, spec.network.weight_sync_port, token)
+            network = spec.network
+            self.weights = WeightServer(
+                self.store,
+                options.host,
+                network.weight_sync_port,
+                token,
+                timeout_seconds=network.member_timeout_seconds,
+            )
         self.publisher = Publisher(ranks, options.rollout_dtype, self.store, self.weights, options.advertised_host)
         self.shards = ShardStore(
             self.model,

@@ -2,7 +2,7 @@
 
 Invariant: the bytes of a version do not change while somebody reads them. There are two buffers: while one is served,
 the other is written; a writer that would overwrite a version that is still being pulled waits, up to its limit, then
-fails naming the readers.
+fails naming the readers. From when it waits that version has no new readers: one who comes late is sent to the current one.
 """
 
 import threading
@@ -118,8 +118,10 @@ class SnapshotStore:
                 self._buffers.append(buffer)
             else:
                 buffer = others[0]
+                retired, buffer.manifest = buffer.manifest, None  # nobody new: who wants weights wants the current ones
                 while buffer.readers:
                     if not self._changed.wait(deadline - time.monotonic()):
+                        buffer.manifest = retired
                         raise StalledError(
                             f"version {version} cannot be written: an older version is still being pulled after "
                             f"{self._timeout_seconds:.0f} s by {', '.join(sorted(set(buffer.readers)))}"
