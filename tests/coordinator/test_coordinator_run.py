@@ -295,3 +295,26 @@ async def test_a_stop_request_breaks_a_validation_off(stage: Stage) -> None:
     async with stage.members(Engine("rollout-0", asks_for_a_stop)):
         with pytest.raises(YieldedError, match="stopped after step 0"):
             await stage.train(job)
+
+
+async def test_prompts_in_place_of_filtered_ones_are_told_once_a_step(stage: Stage) -> None:
+    """Ahead of the trainer each filtered group is replaced at once, by itself: no event, and no write, for each."""
+    rewards = stage.rewards.with_name("odd_rewards.py")
+    rewards.write_text(
+        "calls = 0\ndef odd(sample):\n    global calls\n    calls += 1\n    return float(int(sample.ground_truth) % 2 * (calls % 2))\n"
+    )
+    job = stage.job(
+        rollout={"n": 2, "maxStaleness": 1},
+        reward={"function": f"{rewards}:odd", "workers": 1},
+        algorithm={"filterGroups": {"enable": True, "metric": "score", "maxNumGenBatches": 10}},
+        trainer={"totalEpochs": 4, "testFreq": 0, "loggers": ["jsonl"]},
+    )
+    async with stage.members(Engine("rollout-0")):
+        await stage.train(job)
+    steps = len(stage.records("metrics.jsonl"))
+    filtered = sum(len(record["filtered"]) for record in stage.records("ledger.jsonl"))
+    told = [event["message"] for event in stage.records("events.jsonl") if event["reason"] == "Rollout"]
+    assert filtered > 2 * steps, "or this shows nothing"
+    assert len(told) <= 2 * steps + 2
+    assert sum(int(message.split(" prompts x")[0].split()[-1]) for message in told) == PROMPTS * 4
+    assert any("in place of filtered and failed ones" in message for message in told)

@@ -1,8 +1,10 @@
 """events.jsonl: many writers, one reader that follows."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,25 @@ def test_a_full_disk_does_not_stop_the_process_and_stderr_still_gets_the_event(
     path.unlink()
     log.emit("info", "A", "three")
     assert [event["message"] for event in read_events(path)[0]] == ["three"]
+
+
+def test_a_disk_that_hangs_costs_nobody_time(tmp_path: Path) -> None:
+    """A FIFO that nobody reads: to open it for writing never ends."""
+    path = tmp_path / "events.jsonl"
+    os.mkfifo(path)
+    log = EventLog(path, "coordinator", echo=False, background=True)
+    started = time.monotonic()
+    for number in range(100):
+        log.emit("info", "Counted", str(number))
+    assert time.monotonic() - started < 1.0
+    log.close(0.2)
+    assert time.monotonic() - started < 5.0
+
+
+def test_what_was_emitted_in_the_background_is_in_the_file_in_order_after_close(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl", "coordinator", echo=False, background=True)
+    for number in range(500):
+        log.emit("info", "Counted", str(number))
+    log.close()
+    events, _ = read_events(tmp_path / "events.jsonl")
+    assert [event["message"] for event in events] == [str(number) for number in range(500)]

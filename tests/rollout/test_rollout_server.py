@@ -147,6 +147,35 @@ def test_a_client_that_goes_away_takes_its_requests_out_of_the_engine(replica: R
     replica.loop.run(leave())
 
 
+@pytest.mark.parametrize("call", ["pause_generation", "resume_generation"])
+def test_a_client_that_goes_away_while_its_batch_is_admitted_leaves_a_running_engine(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """An atomic request freezes the engine while its prompts go in; here its client leaves in the middle of that."""
+    entered = asyncio.Event()
+    whole = getattr(replica.engine._llm, call)
+
+    async def slow(**arguments: object) -> None:
+        entered.set()
+        await asyncio.sleep(0.2)
+        await whole(**arguments)
+
+    async def leave() -> None:
+        monkeypatch.setattr(replica.engine._llm, call, slow)
+        request = request_of({f"p{i}": [2, i + 2] for i in range(4)}, atomic=True)
+        asking = asyncio.create_task(replica.generate_async(request, {}))
+        await asyncio.wait_for(entered.wait(), 20)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await asyncio.sleep(0.5)
+        monkeypatch.undo()
+        await idle(replica)
+
+    replica.loop.run(leave())
+    answered = replica.generate(request_of({"a": [2, 3]}, deadline_seconds=10.0))
+    assert answered["a"].error is None
+
+
 def test_requests_that_meet_a_sync_wait_for_it_within_their_deadline(replica: Replica, trainer: Trainer) -> None:
     sync(replica, trainer, 52, 52)
 

@@ -78,7 +78,7 @@ async def build(
     with startup.part("model"):
         directory = await asyncio.to_thread(resolve_model, spec.model.path, spec.model.revision)
     events.emit("info", "Model", f"Model: {directory}")
-    saver.prepare(parameter_count(directory) * CHECKPOINT_BYTES_PER_PARAMETER)
+    await asyncio.to_thread(saver.prepare, parameter_count(directory) * CHECKPOINT_BYTES_PER_PARAMETER)
     estimator = _estimator(spec.algorithm.advantage_estimator)
     agent = load_agent(spec.rollout.agent, spec.rollout.agent_options) if spec.rollout.agent else None
     progress.set("Starting", "reading the data")
@@ -114,7 +114,8 @@ async def build(
             progress.saved(saver.last)
         events.emit("info", "Resumed", f"Resuming from {point.path.name} at step {step}")
     schedule = _schedule(spec, data, cursor, step)
-    log = _open_log(job, outside, keep=step if step > 0 else -1, total_steps=schedule.last_version)
+    keep = step if step > 0 else -1
+    log = await asyncio.to_thread(_open_log, job, outside, keep=keep, total_steps=schedule.last_version)
     stack.callback(log.close)
     progress.set("Starting", "waiting for the rollout servers")
     options = _dispatch_options(spec, tokenizer)

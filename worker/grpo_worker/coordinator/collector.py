@@ -43,6 +43,7 @@ class Collector:
         self._samples = spec.rollout.n
         self._overlapped = spec.rollout.max_staleness > 0
         self._stall_seconds = spec.failure_policy.stall_timeout_seconds
+        self._replaced = 0  # groups admitted in the place of filtered and failed ones since the last step
         self._group_ended = asyncio.Event()
         self._generated_at = time.monotonic()
         halt.wakes(self._group_ended)
@@ -68,6 +69,9 @@ class Collector:
                 self.dispatcher.submit(stale, atomic=False)
             self._feed()
             if self._schedule.available():
+                if self._replaced:
+                    self._tell(self._replaced, "more, in place of filtered and failed ones: ")
+                    self._replaced = 0
                 arrived = time.monotonic()
                 timer.seconds["gen"] = max(min(self._generated_at, arrived) - waited, 0.0)
                 timer.seconds["reward"] = arrived - waited - timer.seconds["gen"]
@@ -90,18 +94,24 @@ class Collector:
         if self._overlapped:
             self._feed()
 
-    def _feed(self) -> None:
-        """Admit what the schedule allows and send it out."""
+    def _feed(self, *, replacing: bool = False) -> None:
+        """Admit what the schedule allows and send it out. `replacing`: one by one, so that is told once a step."""
         if self._halt.called:
             return
         if admitted := self._schedule.admit():
-            samples = len(admitted) * self._samples
-            self._emit(
-                "info",
-                "Rollout",
-                f"Rollout: generating {len(admitted)} prompts x {self._samples} samples = {samples} trajectories",
-            )
+            if replacing:
+                self._replaced += len(admitted)
+            else:
+                self._tell(len(admitted))
             self.dispatcher.submit(admitted, atomic=not self._overlapped)
+
+    def _tell(self, prompts: int, how: str = "") -> None:
+        trajectories = prompts * self._samples
+        self._emit(
+            "info",
+            "Rollout",
+            f"Rollout: generating {how}{prompts} prompts x {self._samples} samples = {trajectories} trajectories",
+        )
 
     def _on_generated(self, group: Group) -> None:
         """A group came back from an engine, or failed."""
@@ -114,4 +124,4 @@ class Collector:
     def _on_ended(self, group: Group) -> None:
         self._group_ended.set()
         if self._overlapped:
-            self._feed()
+            self._feed(replacing=True)

@@ -106,7 +106,7 @@ class TrainingLoop:
             with parts.startup.part("validation"):
                 metrics = await self._validate()
             if metrics:
-                parts.log.metrics(0, {"epoch": 0.0, **metrics})
+                await parts.log.metrics(0, {"epoch": 0.0, **metrics})
         while self._step < parts.schedule.last_version and not self._halt.reason:
             parts.progress.set("Training", f"step {self._step + 1}")
             if not await self._one_step():
@@ -122,7 +122,7 @@ class TrainingLoop:
         counts = parts.scorer.take_counts()
         self._scores.add([*batch.ready, *batch.filtered])
         if not batch.ready:
-            parts.log.batch(self._step + 1, batch)
+            await parts.log.batch(self._step + 1, batch)
             if schedule.at_end and self._step > 0:
                 return False
             raise nothing_to_train(self._step + 1, batch.filtered, batch.failed)
@@ -130,7 +130,7 @@ class TrainingLoop:
         self._step += 1
         self._updates += len(credited.experience.mini_batch_sequences) * self._spec.actor.ppo_epochs
         self._unsaved, self._metrics = self._state(), metrics
-        parts.log.batch(self._step, batch)
+        await parts.log.batch(self._step, batch)
         report = await self._publish(timer)
         self._collector.trained(self._step)
         metrics |= report.metrics() | group_metrics(batch, self._step - 1) | extra_reward_metrics(batch.ready)
@@ -145,7 +145,7 @@ class TrainingLoop:
         metrics |= performance_metrics(
             credited.experience, {**timer.seconds, "step": timer.elapsed()}, self._gpus()
         ) | parts.startup.first_step(timer)
-        self._log_step()
+        await self._log_step()
         parts.progress.stepped(self._step, schedule.last_version, self._epoch(), metrics, len(batch.ready))
         parts.progress.redispatched(self._collector.dispatcher.redispatched - self._redispatched)
         self._redispatched = self._collector.dispatcher.redispatched
@@ -180,7 +180,7 @@ class TrainingLoop:
             "Validated",
             f"Validation: {result.headline} on {parts.validation.prompts} prompts after step {step}",
         )
-        parts.log.validation(step, result.groups)
+        await parts.log.validation(step, result.groups)
         return result.metrics
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, Result]) -> Result | None:
@@ -199,7 +199,7 @@ class TrainingLoop:
         limit = self._spec.network.request_timeout_seconds
         try:
             if self._logged_step < state.step:
-                self._log_step()
+                await self._log_step()
             async with asyncio.timeout(limit):
                 await self._save(state)
                 await parts.saver.wait()
@@ -228,7 +228,7 @@ class TrainingLoop:
             await parts.saver.finish(step)
         if ended_early and self._metrics and self._spec.trainer.test_freq > 0 and self._validated_step != step:
             self._metrics |= await self._validate()
-            self._log_step()
+            await self._log_step()
         if asked and step < parts.schedule.last_version:
             raise YieldedError(f"stopped after step {step} of {parts.schedule.last_version} ({asked})")
         if 0 < self._updates <= self._metrics.get("actor/skipped_updates", 0.0):
@@ -239,10 +239,10 @@ class TrainingLoop:
         parts.progress.set("Succeeded", f"{step} steps")
         parts.emit("info", "Succeeded", f"finished {step} steps")
 
-    def _log_step(self) -> None:
+    async def _log_step(self) -> None:
         self._logged_step = self._step
         self._metrics["epoch"] = self._epoch()
-        self._parts.log.metrics(self._step, self._metrics)
+        await self._parts.log.metrics(self._step, self._metrics)
 
     def _state(self) -> RunState:
         """What a resumed coordinator needs."""

@@ -43,7 +43,7 @@ class Coordinator:
         self._spec = job.spec
         self._token = job_token()
         self._directory = RunDirectory.of_environment(job.name)
-        self._events = EventLog(self._directory.events, "coordinator")
+        self._events = EventLog(self._directory.events, "coordinator", background=True)
         network = job.spec.network
         self._members = Members(
             network.member_timeout_seconds, time.monotonic, self._events.emit, network.heartbeat_seconds
@@ -102,6 +102,7 @@ class Coordinator:
                 raise
             finally:
                 await server.cleanup()
+                await asyncio.to_thread(self._events.close)
 
     async def _train(self, outside: Outside) -> None:
         async with contextlib.AsyncExitStack() as stack:

@@ -1,8 +1,10 @@
 """What a run writes down of each step: ledger, samples and metrics.
 
-Invariant: a prompt stands in the ledger once the trainer has learned from it, and not before.
+Invariant: a prompt stands in the ledger once the trainer has learned from it, and not before. A step waits for what is written of it; the event
+loop does not.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,26 +24,32 @@ class RunLog:
         self._samples = samples
         self._samples_kept = samples_kept
 
-    def batch(self, step: int, batch: Batch) -> None:
-        """What became of the prompts of a step, and the samples of one of them."""
-        named = {"trained": batch.ready, "filtered": batch.filtered, "failed": batch.failed}
-        self._ledger.write(step, {key: [group.uid for group in groups] for key, groups in named.items()})
-        for group in [*batch.ready, *batch.filtered][:1]:
-            for sample in group.samples[: self._samples_kept]:
-                self._write("train", step, group, sample)
+    async def batch(self, step: int, batch: Batch) -> None:
+        """What became of the prompts of a step, and the samples of one of them. Raises ConfigError when the disk is full."""
+        await asyncio.to_thread(self._batch, step, batch)
 
-    def validation(self, step: int, groups: Sequence[Group]) -> None:
-        for group in groups[: self._samples_kept]:
-            for sample in group.samples:
-                self._write("validation", step, group, sample)
-
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    async def validation(self, step: int, groups: Sequence[Group]) -> None:
         """Raises ConfigError when the disk is full."""
-        self._loggers.log(step, metrics)
+        for group in groups[: self._samples_kept]:
+            await asyncio.to_thread(self._samples_of, "validation", step, group, group.samples)
+
+    async def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises ConfigError when the disk is full."""
+        await asyncio.to_thread(self._loggers.log, step, dict(metrics))
 
     def close(self) -> None:
         for each in (self._loggers, self._ledger, self._samples):
             each.close()
+
+    def _batch(self, step: int, batch: Batch) -> None:
+        named = {"trained": batch.ready, "filtered": batch.filtered, "failed": batch.failed}
+        self._ledger.write(step, {key: [group.uid for group in groups] for key, groups in named.items()})
+        for group in [*batch.ready, *batch.filtered][:1]:
+            self._samples_of("train", step, group, group.samples[: self._samples_kept])
+
+    def _samples_of(self, kind: str, step: int, group: Group, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            self._write(kind, step, group, sample)
 
     def _write(self, kind: str, step: int, group: Group, sample: Sample) -> None:
         record: dict[str, Any] = {

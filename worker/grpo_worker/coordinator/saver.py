@@ -126,18 +126,16 @@ class Saver:
         self._failure = None
         started = time.monotonic()
         try:
-            transaction = CheckpointTransaction(self._root, epoch, step)
+            transaction = await asyncio.to_thread(
+                self._begin, epoch, step, json.dumps({"format": STATE_FORMAT, **state}, indent=1)
+            )
         except GRPOError as error:
             self._failed(step, error)
             return
         try:
-            with storage_errors(self._root, f"saving step {step}"):
-                (transaction.path / "coordinator.json").write_text(
-                    json.dumps({"format": STATE_FORMAT, **state}, indent=1)
-                )
             reply = await self._trainer.call(SaveRequest(directory=str(transaction.path), step=step), SaveReply)
         except GRPOError as error:
-            transaction.abort()
+            await asyncio.to_thread(transaction.abort)
             if isinstance(error, TrainerLost) or not getattr(error, "recoverable", True):
                 raise  # the trainer's own trouble; the storage's costs this save alone
             self._failed(step, error)
@@ -147,6 +145,17 @@ class Saver:
             "info", "CheckpointSaving", f"saving step {step}; training stood still for {reply.stall_seconds:.2f} s"
         )
         self._running = asyncio.create_task(self._finish(transaction, step, started))
+
+    def _begin(self, epoch: int, step: int, state: str) -> CheckpointTransaction:
+        """Raises ConfigError."""
+        transaction = CheckpointTransaction(self._root, epoch, step)
+        try:
+            with storage_errors(self._root, f"saving step {step}"):
+                (transaction.path / "coordinator.json").write_text(state)
+        except GRPOError:
+            transaction.abort()
+            raise
+        return transaction
 
     async def wait(self) -> None:
         """Until no save is under way."""
@@ -168,7 +177,7 @@ class Saver:
             await asyncio.to_thread(transaction.commit, status.files)
             saved = Saved(step, transaction.final_path, time.time(), time.monotonic() - started)
         except GRPOError as error:
-            transaction.abort()
+            await asyncio.to_thread(transaction.abort)
             self._failed(step, error)
             return
         except BaseException:

@@ -1,12 +1,16 @@
 """events.jsonl: what happened in a run, for people and for the live view.
 
 Invariant: an event is one line and one append of a bounded size, so the processes of a run can write to one file without a lock;
-emitting never raises, and what the file cannot take still reaches stderr.
+emitting never raises, and what the file cannot take still reaches stderr. In the background nobody waits for the disk: events are written
+in order by a thread of their own, and a disk that hangs costs events, not the run.
 """
 
+import contextlib
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any, Literal, TypedDict
 
 Level = Literal["info", "warning", "error"]
 MAX_MESSAGE_CHARACTERS = 4000
+MAX_WAITING_EVENTS = 10_000
 
 
 class Event(TypedDict):
@@ -27,24 +32,52 @@ class Event(TypedDict):
 
 
 class EventLog:
-    """Appends the events of one process. `echo=False` writes to the file alone: whoever shows the file shows them."""
+    """Appends the events of one process. May be used from any thread."""
 
-    def __init__(self, path: Path, role: str, *, echo: bool = True) -> None:
+    def __init__(self, path: Path, role: str, *, echo: bool = True, background: bool = False) -> None:
+        """
+        Args:
+            echo: False writes to the file alone: whoever shows the file shows them.
+            background: for a process with an event loop; `close` at the end.
+        """
         self.path = path
         self.role = role
         self._echo = echo
         self._failing = False
+        self._waiting: queue.Queue[Event | None] | None = None
+        if background:
+            self._waiting = queue.Queue(MAX_WAITING_EVENTS)
+            self._thread = threading.Thread(target=self._write_waiting, name="events", daemon=True)
+            self._thread.start()
 
     def emit(self, level: Level, reason: str, message: str) -> None:
         """Write the event to the file, and as a plain line to stderr (a child's stderr is its log)."""
         if len(message) > MAX_MESSAGE_CHARACTERS:
             message = message[: MAX_MESSAGE_CHARACTERS - 1] + "…"
-        now = time.time()
-        prefix = "" if level == "info" else f"{level}: "
-        clock = time.strftime("%H:%M:%S", time.localtime(now))
+        event = Event(time=round(time.time(), 3), role=self.role, level=level, reason=reason, message=message)
+        if self._waiting is None:
+            self._write(event)
+            return
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(event)
+
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        """Write what waits, for so long at most."""
+        if self._waiting is not None:
+            with contextlib.suppress(queue.Full):
+                self._waiting.put(None, timeout=timeout_seconds)
+            self._thread.join(timeout_seconds)
+
+    def _write_waiting(self) -> None:
+        assert self._waiting is not None
+        while (event := self._waiting.get()) is not None:
+            self._write(event)
+
+    def _write(self, event: Event) -> None:
+        prefix = "" if event["level"] == "info" else f"{event['level']}: "
+        clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         if self._echo:
-            _to_stderr(f"{clock} {self.role}: {prefix}{message}")
-        event = Event(time=round(now, 3), role=self.role, level=level, reason=reason, message=message)
+            _to_stderr(f"{clock} {self.role}: {prefix}{event['message']}")
         # A write that failed may have left half a line: the line break in front keeps the next event whole.
         line = ("\n" if self._failing else "") + json.dumps(event, ensure_ascii=False) + "\n"
         try:

@@ -95,9 +95,9 @@ async def _admit(
 ) -> list[GroupResult]:
     """Fill `groups`; returns the prompts that vLLM refused."""
     failed = []
-    if request.atomic:
-        await engine.pause()
     try:
+        if request.atomic:
+            await engine.pause()
         for prompt in prompts:
             tokens = numpy_tokens(prompt.token_ids).tolist()
             try:
@@ -108,7 +108,7 @@ async def _admit(
                 failed.append(_failure(prompt.id, error))
     finally:
         if request.atomic:
-            await engine.resume()
+            await asyncio.shield(engine.resume())  # whoever has gone meanwhile: others wait for the engine
     return failed
 
 
@@ -133,7 +133,7 @@ async def _drop(groups: dict[str, RunningPrompt], tasks: "dict[asyncio.Task[list
     """Cancel and abort what has not finished (finished groups have nothing left to abort)."""
     for task in tasks:
         task.cancel()
-    for group in groups.values():
-        await group.abort()
+    aborts = [group.abort() for group in groups.values()]
     tasks.clear()
     groups.clear()
+    await asyncio.shield(asyncio.gather(*aborts))
