@@ -10,26 +10,27 @@ from grpo_worker.checkpoint.prune import to_remove
 
 
 @pytest.mark.parametrize(
-    ("newest_first", "latest", "keep", "removed"),
+    ("newest_first", "kept", "keep", "removed"),
     [
-        (["e", "d", "c", "b", "a"], "e", 3, ["b", "a"]),
-        (["e", "d", "c"], "e", 3, []),
-        (["e", "d"], "e", 3, []),
-        ([], None, 1, []),
-        (["e", "d", "c"], "e", 1, ["d", "c"]),
-        (["e", "d", "c"], "c", 1, ["d"]),
-        (["e", "d", "c"], None, 1, ["d", "c"]),
+        (["e", "d", "c", "b", "a"], {"e"}, 3, ["b", "a"]),
+        (["e", "d", "c"], {"e"}, 3, []),
+        (["e", "d"], {"e"}, 3, []),
+        ([], {}, 1, []),
+        (["e", "d", "c"], {"e"}, 1, ["d", "c"]),
+        (["e", "d", "c"], {"c"}, 1, ["d"]),
+        (["e", "d", "c", "b"], {"e", "c"}, 1, ["d", "b"]),
+        (["e", "d", "c"], {}, 1, ["d", "c"]),
     ],
 )
-def test_all_but_the_last_go_and_never_the_one_that_latest_names(
-    newest_first: list[str], latest: str | None, keep: int, removed: list[str]
+def test_all_but_the_last_go_and_never_one_that_is_named(
+    newest_first: list[str], kept: set[str], keep: int, removed: list[str]
 ) -> None:
-    assert to_remove(newest_first, latest, keep) == removed
+    assert to_remove(newest_first, kept, keep) == removed
 
 
 def test_keeping_none_is_refused() -> None:
     with pytest.raises(ValueError, match="keep_last 0"):
-        to_remove(["a"], "a", 0)
+        to_remove(["a"], {"a"}, 0)
 
 
 def test_prune_removes_the_oldest_saves(tmp_path: Path) -> None:
@@ -54,6 +55,18 @@ def test_the_checkpoint_that_latest_names_stays(tmp_path: Path) -> None:
         save(tmp_path, step)
     set_latest(tmp_path, CheckpointName(0, 20))
     assert [path.name for path in prune(tmp_path, 1)] == ["epoch_0_step_40"]
+
+
+@pytest.mark.parametrize("how", ["name", "absolute", "another root"])
+def test_the_checkpoint_that_the_document_names_stays(tmp_path: Path, how: str) -> None:
+    root = tmp_path / "root"
+    for step in (20, 40, 60):
+        save(root, step)
+    elsewhere = save(tmp_path / "elsewhere", 20)
+    named = {"name": "epoch_0_step_20", "absolute": str(root / "epoch_0_step_20"), "another root": str(elsewhere)}
+    removed = [path.name for path in prune(root, 1, named[how])]
+    assert removed == ["epoch_0_step_40", *(["epoch_0_step_20"] if how == "another root" else [])]
+    assert elsewhere.is_dir()
 
 
 def test_a_save_under_way_and_a_persons_files_stay(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from coordinator_helpers import World, world
 
-from grpo_worker.checkpoint import latest, list_checkpoints
+from grpo_worker.checkpoint import latest, list_checkpoints, verify
+from grpo_worker.config.run import Checkpoint
 from grpo_worker.coordinator import saver as saver_module
 from grpo_worker.coordinator.saver import Saved, Saver, complete_checkpoints
 from grpo_worker.coordinator.trainer_client import TrainerFailed, TrainerLost
@@ -58,16 +59,22 @@ class Shards:
         return SaveStatusReply(done=True, error=self.errors.pop(0) if self.errors else "")
 
     def load(self, request: LoadRequest) -> Any:
+        try:
+            verify(Path(request.directory), below="state")
+        except CheckpointDamagedError as error:
+            return ErrorReply(reason=error.reason, message=str(error), exit_code=81, recoverable=True)
         self.loaded.append(request.directory)
         return LoadReply(step=int(request.directory.rpartition("_")[2]))
 
 
 @asynccontextmanager
-async def saving(root: Path, keep_last: int = 2) -> AsyncIterator[tuple[Saver, Shards, World, list[Saved]]]:
+async def saving(
+    root: Path, keep_last: int = 2, resume: str = "auto"
+) -> AsyncIterator[tuple[Saver, Shards, World, list[Saved]]]:
     async with world(version=None) as here:
         told: list[Saved] = []
         shards = Shards(here)
-        saver = Saver(root, keep_last, here.trainer_client, here.emit, told.append)
+        saver = Saver(root, Checkpoint(keepLast=keep_last, resume=resume), here.trainer_client, here.emit, told.append)
         saver.prepare(1000)
         yield saver, shards, here, told
 
@@ -134,7 +141,7 @@ async def test_the_last_save_of_a_run_that_fails_ends_it(tmp_path: Path) -> None
     async with saving(tmp_path) as (saver, shards, _, _told):
         shards.errors = ["No space left on device"]
         await saver.save(0, 1, {"step": 1})
-        with pytest.raises(ConfigError, match=r"saving step 1 failed: No space left"):
+        with pytest.raises(ConfigError, match="No space left"):
             await saver.finish(1)
 
 
@@ -180,7 +187,7 @@ async def test_a_trainer_that_dies_while_it_writes_leaves_no_checkpoint(tmp_path
 
 
 async def test_pruning_that_fails_does_not_unmake_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(root: Path, keep_last: int) -> None:
+    def refuse(*_: Any) -> None:
         raise ConfigError("checkpoint.path: not permitted")
 
     monkeypatch.setattr(saver_module, "prune", refuse)
@@ -228,6 +235,30 @@ async def test_a_resumed_run_loads_the_newest_checkpoint(tmp_path: Path) -> None
         assert saver.last.step == 2
 
 
+async def test_the_checkpoint_that_the_document_names_is_kept(tmp_path: Path) -> None:
+    await saved_run(tmp_path, 1, 2)
+    async with saving(tmp_path, keep_last=1, resume="epoch_0_step_1") as (saver, *_):
+        assert await saver.resume("epoch_0_step_1") is not None
+        for step in (2, 3, 4):
+            await saver.save(0, step, {"step": step})
+        await saver.finish(4)
+        assert sorted(names(tmp_path)) == ["epoch_0_step_1", "epoch_0_step_4"]
+        assert await saver.resume("epoch_0_step_1") is not None, "the same document starts again"
+
+
+async def test_when_all_shards_are_damaged_the_run_ends_with_each_of_them_told(tmp_path: Path) -> None:
+    await saved_run(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / f"epoch_0_step_{step}" / "state" / "shard-0").write_text("state/shard-0 of step 9")
+    async with saving(tmp_path) as (saver, *_):
+        with pytest.raises(
+            CheckpointDamagedError, match=r"2 damaged.*\n.*step_2: state/shard-0: its content changed.*\n.*step_1"
+        ):
+            await saver.resume("auto")
+        with pytest.raises(CheckpointDamagedError, match="step_2: state/shard-0: its content changed"):
+            await saver.resume("epoch_0_step_2")
+
+
 async def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path) -> None:
     await saved_run(tmp_path, 1, 2)
     (tmp_path / "epoch_0_step_2" / "state" / "shard-0").write_text("state/shard-0 of step 9")
@@ -272,7 +303,7 @@ async def test_complete_checkpoints_are_told_newest_first_with_those_of_an_earli
         Shards(here)
         for steps in ((1, 2), (3,)):
             saver = Saver(
-                tmp_path, 2, here.trainer_client, here.emit, lambda saved: None,
+                tmp_path, Checkpoint(keepLast=2), here.trainer_client, here.emit, lambda saved: None,
                 lambda kept: told.append([saved.step for saved in kept]),
             )  # fmt: skip
             saver.prepare(1000)

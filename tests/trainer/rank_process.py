@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from trainer_helpers import batch_message, options_for, recorded_update, sequences_of, whole_parameters
 
+from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol.messages import LoadRequest, LogProbsRequest, PublishRequest, SaveRequest, UpdateRequest
 from grpo_worker.trainer.distributed import Ranks, join, leave
 from grpo_worker.trainer.engine import TrainerEngine
+from grpo_worker.trainer.failures import OperationRefused
 from grpo_worker.trainer.main import run_rank
 
 LENGTHS = [(5, 7), (3, 20), (10, 4), (6, 6), (2, 1), (4, 11), (8, 3), (1, 9)]
@@ -53,6 +56,8 @@ def straight(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
     train(engine, 1, 2)
     torch.rand(3)
     status = save(engine, checkpoint, 2)
+    if ranks.is_first:
+        write_manifest(checkpoint, status.files, epoch=0, step=2)  # the coordinator's part of a save
     middle = whole_parameters(engine.model)
     noise = torch.rand(4)
     metrics = train(engine, 3, 4)
@@ -95,6 +100,36 @@ def resumed(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
     }
 
 
+def damaged(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
+    """The checkpoint of `straight` with one changed bit in rank 1's shard: what each rank says. Then it is whole again, and loads."""
+    engine = TrainerEngine(options_for(model), ranks)
+    shard = checkpoint / "state" / "__1_0.distcp"
+    data = bytearray(shard.read_bytes())
+    said: list[str] = [""] * ranks.world_size
+    for flip in (1, 1):
+        data[len(data) // 2] ^= flip
+        dist.barrier(ranks.control)
+        if ranks.is_first:
+            shard.write_bytes(data)
+        dist.barrier(ranks.control)
+        try:
+            engine.run(LoadRequest(directory=str(checkpoint)))
+        except OperationRefused as refusal:
+            dist.all_gather_object(said, str(refusal), group=ranks.control)
+    before = bytes_read()
+    engine.run(LoadRequest(directory=str(checkpoint)))
+    read: list[int] = [0] * ranks.world_size
+    dist.all_gather_object(read, bytes_read() - before, group=ranks.control)
+    parameters = whole_parameters(engine.model)
+    engine.close()
+    return {"said": said, "read": read, "parameters": parameters}
+
+
+def bytes_read() -> int:
+    """By this process with read calls, whether from the disk or from its cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def main() -> None:
     model, output, *scenarios = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     if scenarios == ["serve"]:
@@ -109,7 +144,7 @@ def main() -> None:
     results = {}
     for scenario in scenarios:
         name, _, checkpoint = scenario.partition("=")
-        run = {"gradients": gradients, "straight": straight, "resumed": resumed}[name]
+        run = {"gradients": gradients, "straight": straight, "resumed": resumed, "damaged": damaged}[name]
         results[scenario] = run(model, ranks, Path(checkpoint))
     if ranks.is_first:
         torch.save(results, output)

@@ -1,5 +1,6 @@
 """Several ranks, as real processes over Gloo: the same gradients, checkpoints that reshard, weights that publish."""
 
+import io
 import json
 import stat
 import sys
@@ -60,11 +61,13 @@ def unbroken(model: Path, checkpoints: dict[int, Path], on_two_ranks: Any) -> di
 def again(model: Path, checkpoints: dict[int, Path], unbroken: dict[int, Any]) -> dict[str, Any]:
     """Fresh processes that load and go on: from 1 on 1, from 2 on 2, from 2 on 1."""
     one = run(model, checkpoints[1].with_suffix(".1"), 1, [f"resumed={checkpoints[1]}", f"resumed={checkpoints[2]}"])
-    two = run(model, checkpoints[2].with_suffix(".2"), 2, [f"resumed={checkpoints[2]}"])
+    scenarios = [f"resumed={checkpoints[2]}", f"damaged={checkpoints[2]}"]
+    two = run(model, checkpoints[2].with_suffix(".2"), 2, scenarios)
     return {
         "1 on 1": one[f"resumed={checkpoints[1]}"],
         "2 on 1": one[f"resumed={checkpoints[2]}"],
         "2 on 2": two[f"resumed={checkpoints[2]}"],
+        "damaged": two[f"damaged={checkpoints[2]}"],
     }
 
 
@@ -111,12 +114,32 @@ def test_one_and_two_ranks_train_alike(unbroken: dict[int, Any]) -> None:
     assert one["ref_log_probs"] != pytest.approx(one["log_probs"], abs=1e-3)
 
 
+def test_damage_in_one_ranks_shard_is_refused_by_all_and_the_trainer_goes_on(
+    unbroken: dict[int, Any], again: dict[str, Any], checkpoints: dict[int, Path]
+) -> None:
+    damage = again["damaged"]
+    for said in damage["said"]:
+        assert said.startswith(f"{checkpoints[2]}: ")
+        assert "state/__1_0.distcp: its content changed (checksum xxh3:" in said
+    for name, value in unbroken[2]["middle"].items():
+        assert torch.equal(damage["parameters"][name], value), name
+
+
+def test_a_resume_reads_each_byte_of_the_state_once(again: dict[str, Any], checkpoints: dict[int, Path]) -> None:
+    state = sum(path.stat().st_size for path in (checkpoints[2] / "state").iterdir())
+    metadata = (checkpoints[2] / "state" / ".metadata").stat().st_size  # DCP reads it twice on each rank
+    manifest = (checkpoints[2] / "manifest.json").stat().st_size
+    scalars = 4 * io.DEFAULT_BUFFER_SIZE  # that a rank looks up in the other's shard
+    assert state < sum(again["damaged"]["read"]) <= state + 3 * metadata + 2 * manifest + scalars < 1.2 * state
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_saved_file_is_listed_hashed_and_readable_by_the_group(
     unbroken: dict[int, Any], checkpoints: dict[int, Path], ranks: int
 ) -> None:
     checkpoint, files = checkpoints[ranks], unbroken[ranks]["status"][2]
-    assert set(files) == {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    held = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert set(files) == held - {"manifest.json"}
     for name, digest in files.items():
         assert digest == f"xxh3:{xxhash.xxh3_64_hexdigest((checkpoint / name).read_bytes())}"
         assert (checkpoint / name).stat().st_mode & 0o640 == 0o640

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from trainer_helpers import batch_message, free_port, options_for, save_tiny_model, single_rank
 
+from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import ConfigError
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import (
     Done,
     ErrorReply,
+    LoadReply,
     LoadRequest,
     LogProbsReply,
     LogProbsRequest,
@@ -132,6 +134,7 @@ def test_a_step_over_http(trainer: tuple[str, Any], engine: TrainerEngine, tmp_p
     saved = post(url, SaveStatusRequest(wait_seconds=LIMIT_SECONDS))
     assert isinstance(saved, SaveStatusReply) and saved.done and not saved.error
     assert "actor/model.safetensors" in saved.files and "state/.metadata" in saved.files
+    write_manifest(directory, saved.files, epoch=0, step=1)
     assert post(url, LoadRequest(directory=str(directory))).step == 1
 
     status, metrics = get(f"{url}/metrics")
@@ -196,13 +199,30 @@ def test_a_shard_that_cannot_grow_is_reported_with_its_reason(trainer: tuple[str
     assert post(url, SaveStatusRequest(wait_seconds=LIMIT_SECONDS)).error == ""
 
 
-def test_a_damaged_checkpoint_ends_the_trainer_with_81(trainer: tuple[str, Any], tmp_path: Path) -> None:
-    url, ended = trainer
-    reply = post(url, LoadRequest(directory=str(tmp_path / "none")))
-    assert isinstance(reply, ErrorReply) and not reply.recoverable
-    assert (reply.reason, reply.exit_code) == ("CheckpointDamaged", 81)
-    error = ended.exception(LIMIT_SECONDS)
-    assert error is not None and error.exit_code == 81 and str(tmp_path / "none") in str(error)
+def test_a_damaged_checkpoint_is_refused_and_the_trainer_loads_another(
+    trainer: tuple[str, Any], tmp_path: Path
+) -> None:
+    url, _ = trainer
+    saved = [tmp_path / name for name in ("good", "changed", "gone")]
+    for directory in saved:
+        assert isinstance(post(url, SaveRequest(directory=str(directory), step=1)), SaveReply)
+        files = post(url, SaveStatusRequest(wait_seconds=LIMIT_SECONDS)).files
+        write_manifest(directory, files, epoch=0, step=1)
+    shard = tmp_path / "changed/state/__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (tmp_path / "gone/state/trainer.json").unlink()
+    for name, words in (
+        ("changed", "state/__0_0.distcp: its content changed"),
+        ("gone", "No such file"),
+        ("none", "manifest.json is missing"),
+    ):
+        reply = post(url, LoadRequest(directory=str(tmp_path / name)))
+        assert isinstance(reply, ErrorReply) and reply.recoverable
+        assert (reply.reason, reply.exit_code) == ("CheckpointDamaged", 81)
+        assert str(tmp_path / name) in reply.message and words in reply.message
+    assert isinstance(post(url, LoadRequest(directory=str(tmp_path / "good"))), LoadReply)
 
 
 def test_stop_ends_the_loop(trainer: tuple[str, Any]) -> None:

@@ -4,8 +4,9 @@ Invariant: under the checkpoint root, a directory with a checkpoint's name is wh
 cut off at any point leaves only names that start with `.tmp-`. This package knows files, not tensors: it imports no torch.
 """
 
+from grpo_worker.checkpoint.files import checksum_file
 from grpo_worker.checkpoint.layout import CheckpointName, latest, list_checkpoints
-from grpo_worker.checkpoint.manifest import Manifest, checksum_file, read_manifest, verify, write_manifest
+from grpo_worker.checkpoint.manifest import Manifest, read_manifest, verify, write_manifest
 from grpo_worker.checkpoint.preflight import preflight
 from grpo_worker.checkpoint.prune import prune
 from grpo_worker.checkpoint.resume import ResumeDecision, ResumePoint, SkippedCheckpoint, find_resume

@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_worker.checkpoint.files import fsync_directory
+
 ACTOR_DIRECTORY = "actor"
 STATE_DIRECTORY = "state"
 COORDINATOR_FILE = "coordinator.json"
@@ -76,15 +78,6 @@ def set_latest(root: Path, name: CheckpointName) -> None:
         staged.write_text(f"{name}\n", encoding="utf-8")
     os.replace(staged, root / LATEST)
     fsync_directory(root)
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make the directory's entries durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_real_directory(path: Path) -> bool:

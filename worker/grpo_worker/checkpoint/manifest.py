@@ -15,14 +15,21 @@ from typing import Any
 
 import xxhash
 
-from grpo_worker.checkpoint.layout import MANIFEST_FILE, fsync_directory
+from grpo_worker.checkpoint.files import (
+    CHECKSUM_PREFIX,
+    DIRECTORY_MODE,
+    FILE_MODE,
+    checksum_file,
+    fsync_directory,
+    seal,
+    share,
+)
+from grpo_worker.checkpoint.layout import MANIFEST_FILE
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
 
 FORMAT_VERSION = 1
-CHECKSUM_PREFIX = "xxh3:"
 # Most problems that one message lists; a checkpoint of many shards can lose all of them at once.
 MAX_LISTED = 20
-_CHUNK_BYTES = 4 * 1024 * 1024
 _THREADS = 8
 
 
@@ -55,16 +62,6 @@ class Manifest:
         return sum(entry.size_bytes for entry in self.files.values())
 
 
-def checksum_file(path: Path) -> str:
-    """`xxh3:` and the 64-bit XXH3 of the file in 16 hex digits."""
-    digest = xxhash.xxh3_64()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return CHECKSUM_PREFIX + digest.hexdigest()
-
-
 def write_manifest(
     directory: Path,
     files: Mapping[str, str],
@@ -75,10 +72,10 @@ def write_manifest(
     incarnation: int = 0,
     now: float | None = None,
 ) -> Manifest:
-    """Write the manifest of everything in `directory`, and make files, directories and manifest durable.
+    """Write the manifest of everything in `directory`, and make directories and manifest durable and readable by the group.
 
     Args:
-        files: checksums that the writers took while writing, by relative path; files not named here are hashed now.
+        files: checksums of the files that their writers have sealed, by relative path; those not named here are sealed now.
 
     Raises:
         CheckpointDamagedError: a file named in `files` is not there.
@@ -93,8 +90,7 @@ def write_manifest(
 
     def entry(path: str) -> FileEntry:
         file = directory / path
-        checksum = files.get(path) or checksum_file(file)
-        _fsync_file(file)
+        checksum = files.get(path) or seal(file)
         return FileEntry(file.stat().st_size, checksum)
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -105,7 +101,9 @@ def write_manifest(
         file.write(_encode(manifest))
         file.flush()
         os.fsync(file.fileno())
+    share(target, FILE_MODE)
     for parent in sorted({(directory / path).parent for path in present} | {directory}, reverse=True):
+        share(parent, DIRECTORY_MODE)
         fsync_directory(parent)
     return manifest
 
@@ -146,40 +144,49 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path, deep: bool = True, below: str = "") -> None:
+def verify(directory: Path, deep: bool = True, below: str = "") -> Manifest:
     """Compare the files with the manifest: sizes, and with `deep` the checksums too. Files it does not list are not looked at.
 
     Args:
-        below: only the files below this relative directory, such as `actor`.
+        below: only this file, or the files below this directory, such as `actor`.
 
     Raises:
         CheckpointDamagedError: names each file that is missing, of another size, unreadable or changed.
     """
     manifest = read_manifest(directory)
-    prefix = f"{below.rstrip('/')}/" if below else ""
-    chosen = {path: entry for path, entry in manifest.files.items() if path.startswith(prefix)}
+    chosen = {
+        path: entry
+        for path, entry in manifest.files.items()
+        if not below or path == below or path.startswith(f"{below.rstrip('/')}/")
+    }
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: _problem(directory, item[0], item[1], deep), sorted(chosen.items()))
+        found = pool.map(lambda item: file_problem(directory, item[0], item[1], deep), sorted(chosen.items()))
         problems = [problem for problem in found if problem]
-    if prefix and not chosen:
-        problems = [f"{below}: the manifest lists no file below it"]
+    if below and not chosen:
+        problems = [f"{below}: the manifest lists no such file, and none below it"]
     if problems:
         raise CheckpointDamagedError(f"{directory}: {_listing(problems)}")
+    return manifest
 
 
-def _problem(directory: Path, path: str, entry: FileEntry, deep: bool) -> str | None:
+def file_problem(directory: Path, path: str, entry: FileEntry, deep: bool = True) -> str | None:
+    """What is wrong with one file of the manifest; None when nothing is."""
     file = directory / path
     try:
         size_bytes = file.stat().st_size
         if size_bytes != entry.size_bytes:
             return f"{path}: {size_bytes} bytes, {entry.size_bytes} were saved"
         if deep and checksum_file(file) != entry.checksum:
-            return f"{path}: its content changed (checksum {entry.checksum} was saved)"
+            return content_changed(path, entry)
     except (FileNotFoundError, NotADirectoryError):
         return f"{path}: missing"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     return None
+
+
+def content_changed(path: str, entry: FileEntry) -> str:
+    return f"{path}: its content changed (checksum {entry.checksum} was saved)"
 
 
 def _listing(problems: Sequence[str]) -> str:
@@ -194,14 +201,6 @@ def _relative_files(directory: Path) -> Iterator[str]:
             path = (Path(parent) / name).relative_to(directory).as_posix()
             if path != MANIFEST_FILE:
                 yield path
-
-
-def _fsync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import os
 import tempfile
 from pathlib import Path
 
+from grpo_worker.checkpoint.files import DIRECTORY_MODE
 from grpo_worker.checkpoint.layout import TEMPORARY_PREFIX
 from grpo_worker.checkpoint.storage import CheckpointStorageError, free_bytes, gib, storage_errors
-from grpo_worker.checkpoint.transaction import DIRECTORY_MODE
 
 
 def preflight(root: Path, needed_bytes: int) -> None:

@@ -1,11 +1,14 @@
 """Which checkpoint a run goes on from.
 
-Invariant: what is returned has just been verified against its manifest. A damaged checkpoint is never used and never hidden: it is in
-`skipped`, with what is wrong with it.
+Invariant: what is returned is whole by its manifest: every file has its size, and what the coordinator itself reads its checksum. The
+trainer compares the checksums of the shards while it loads them, so each byte is read once; what it refuses is passed over by asking
+again. A damaged checkpoint is never used and never hidden: it is in `skipped`, with what is wrong with it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from grpo_worker.checkpoint.layout import (
     ACTOR_DIRECTORY,
@@ -22,7 +25,7 @@ AUTO, NEVER = "auto", "never"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified checkpoint."""
+    """A whole checkpoint."""
 
     path: Path
     manifest: Manifest
@@ -64,13 +67,13 @@ class ResumeDecision:
     skipped: tuple[SkippedCheckpoint, ...] = ()
 
 
-def find_resume(root: Path, mode: str = AUTO, *, deep: bool = True) -> ResumeDecision:
+def find_resume(root: Path, mode: str = AUTO, refused: Mapping[Path, str] = MappingProxyType({})) -> ResumeDecision:
     """Decide by `checkpoint.resume`.
 
     Args:
         mode: `auto` is the checkpoint saved last, or the one before when that is damaged; `never` is none; anything else is the
             directory of one checkpoint, absolute, relative to the current directory, or a name in `root`.
-        deep: read every file and compare checksums; otherwise sizes alone.
+        refused: checkpoints that turned out to be damaged when they were loaded, and how.
 
     Raises:
         CheckpointDamagedError: auto, and all checkpoints are damaged; or the one named is.
@@ -79,11 +82,11 @@ def find_resume(root: Path, mode: str = AUTO, *, deep: bool = True) -> ResumeDec
     if mode == NEVER:
         return ResumeDecision(None)
     if mode != AUTO:
-        return ResumeDecision(_named(root, mode, deep))
+        return ResumeDecision(_named(root, mode, refused))
     skipped: list[SkippedCheckpoint] = []
     for directory in newest_first(root):
         try:
-            return ResumeDecision(_verified(directory, deep), tuple(skipped))
+            return ResumeDecision(_whole(directory, refused), tuple(skipped))
         except CheckpointDamagedError as error:
             skipped.append(SkippedCheckpoint(directory, str(error)))
     if skipped:
@@ -110,21 +113,30 @@ def newest_first(root: Path) -> list[Path]:
     return sorted(list_checkpoints(root), key=key)
 
 
-def _named(root: Path, mode: str, deep: bool) -> ResumePoint:
+def named_checkpoint(root: Path, mode: str) -> Path | None:
+    """The directory that `checkpoint.resume` names; None for auto and never, and when there is no such directory."""
+    if mode in (AUTO, NEVER):
+        return None
     candidates = [root / mode, Path(mode).expanduser()]
-    directory = next((path for path in candidates if path.is_dir()), None)
+    return next((path.resolve() for path in candidates if path.is_dir()), None)
+
+
+def _named(root: Path, mode: str, refused: Mapping[Path, str]) -> ResumePoint:
+    directory = named_checkpoint(root, mode)
     if directory is None:
         held = ", ".join(path.name for path in newest_first(root)[:5]) or "none"
         raise ConfigError(
             f"checkpoint.resume: there is no checkpoint {mode} (checkpoints in {root}: {held}). "
             "Name one of them, or set auto or never."
         )
-    return _verified(directory.resolve(), deep)
+    return _whole(directory, refused)
 
 
-def _verified(directory: Path, deep: bool) -> ResumePoint:
-    verify(directory, deep)
-    manifest = read_manifest(directory)
+def _whole(directory: Path, refused: Mapping[Path, str]) -> ResumePoint:
+    if directory in refused:
+        raise CheckpointDamagedError(refused[directory])
+    verify(directory, deep=False)
+    manifest = verify(directory, below=COORDINATOR_FILE)
     name = CheckpointName.parse(directory.name)
     if name is not None and name != CheckpointName(manifest.epoch, manifest.step):
         raise CheckpointDamagedError(

@@ -1,7 +1,7 @@
 """One save: everything is written under a temporary name, and one rename makes it a checkpoint.
 
 Invariants:
-- Order of a commit: modes, manifest, fsync, rename, `latest`. A process killed between any two of its system calls leaves the
+- Order of a commit: files sealed, manifest, rename, `latest`. A process killed between any two of its system calls leaves the
   checkpoints of before whole, the new one either whole or absent under its name, and `latest` naming one that exists.
 - A save under way holds a lock on its temporary directory, which the kernel drops when the process dies: only unlocked leftovers
   are ever removed.
@@ -12,17 +12,15 @@ import errno
 import fcntl
 import os
 import shutil
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from grpo_worker.checkpoint.files import DIRECTORY_MODE, fsync_directory, make_directory
 from grpo_worker.checkpoint.layout import (
-    MANIFEST_FILE,
     TEMPORARY_PREFIX,
     CheckpointName,
-    fsync_directory,
     list_checkpoints,
     set_latest,
 )
@@ -30,8 +28,6 @@ from grpo_worker.checkpoint.manifest import Manifest, read_manifest, write_manif
 from grpo_worker.checkpoint.storage import CheckpointStorageError, storage_errors
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
 
-FILE_MODE = 0o640
-DIRECTORY_MODE = 0o750
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -62,7 +58,7 @@ class CheckpointTransaction:
                     f"checkpoint.path: another process is saving {self.name} into {root} now. "
                     "Give each job its own checkpoint.path, or wait until it is done."
                 )
-            self.path.mkdir(mode=DIRECTORY_MODE)
+            make_directory(self.path)
             self._lock = _lock_directory(self.path)
 
     def commit(self, checksums: Mapping[str, str] | None = None) -> Manifest:
@@ -78,7 +74,6 @@ class CheckpointTransaction:
             raise RuntimeError(f"the save of {self.name} is over")
         try:
             with storage_errors(self.root, f"saving {self.name}"):
-                _share_with_group(self.path)
                 manifest = write_manifest(
                     self.path,
                     checksums or {},
@@ -87,7 +82,6 @@ class CheckpointTransaction:
                     sequence=next_sequence(self.root),
                     incarnation=self.incarnation,
                 )
-                _add_mode(self.path / MANIFEST_FILE, FILE_MODE)
                 self._put_in_place()
                 fsync_directory(self.root)
                 set_latest(self.root, self.name)
@@ -186,20 +180,6 @@ def _remove_unlocked(directory: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _share_with_group(directory: Path) -> None:
-    """Let the group read: `save_pretrained` writes 0600 files, and a rollout pod of another user must load them."""
-    for parent, _, names in os.walk(directory):
-        _add_mode(Path(parent), DIRECTORY_MODE)
-        for name in names:
-            _add_mode(Path(parent) / name, FILE_MODE)
-
-
-def _add_mode(path: Path, wanted: int) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & wanted != wanted:
-        path.chmod(mode | wanted)  # setgid and wider modes stay
 
 
 def _exchange(one: Path, other: Path) -> bool:

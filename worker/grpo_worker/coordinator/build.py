@@ -68,7 +68,7 @@ async def build(
     spec, events, progress = job.spec, outside.events, outside.progress
     saver = Saver(
         outside.directory.checkpoints(spec.checkpoint.path),
-        spec.checkpoint.keep_last,
+        spec.checkpoint,
         outside.trainer,
         events.emit,
         progress.saved,

@@ -23,8 +23,9 @@ from grpo_worker.checkpoint import (
     remove_leftovers,
     storage_errors,
 )
+from grpo_worker.config.run import Checkpoint
 from grpo_worker.coordinator.members import Emit
-from grpo_worker.coordinator.trainer_client import TrainerClient, TrainerLost
+from grpo_worker.coordinator.trainer_client import TrainerClient, TrainerFailed, TrainerLost
 from grpo_worker.errors import CheckpointDamagedError, ConfigError, GRPOError
 from grpo_worker.protocol.messages import (
     LoadReply,
@@ -67,14 +68,14 @@ class Saver:
     def __init__(
         self,
         root: Path,
-        keep_last: int,
+        section: Checkpoint,
         trainer: TrainerClient,
         emit: Emit,
         on_saved: Callable[[Saved], None],
         on_kept: Callable[[Sequence[Saved]], None] = lambda checkpoints: None,
     ) -> None:
         self._root = root
-        self._keep_last = keep_last
+        self._section = section
         self._trainer = trainer
         self._emit = emit
         self._on_saved = on_saved
@@ -96,12 +97,25 @@ class Saver:
 
         Raises CheckpointDamagedError, ConfigError.
         """
-        decision = await asyncio.to_thread(find_resume, self._root, mode)
-        for damaged in decision.skipped:
-            self._emit("warning", "CheckpointDamaged", f"passed over: {damaged.reason}")
-        point = decision.point
-        if point is None:
-            return None
+        refused: dict[Path, str] = {}
+        told: set[Path] = set()
+        while True:
+            decision = await asyncio.to_thread(find_resume, self._root, mode, refused)
+            for damaged in decision.skipped:
+                if damaged.path not in told:
+                    self._emit("warning", "CheckpointDamaged", f"passed over: {damaged.reason}")
+                told.add(damaged.path)
+            if decision.point is None:
+                return None
+            try:
+                return decision.point, await self._load(decision.point)
+            except TrainerFailed as error:
+                if not error.recoverable:
+                    raise
+                refused[decision.point.path] = str(error)
+
+    async def _load(self, point: ResumePoint) -> dict[str, Any]:
+        """The coordinator's state. Raises TrainerFailed, recoverable when the trainer has found the shards damaged."""
         try:
             state = json.loads(point.coordinator_file.read_text())
             if state["format"] != STATE_FORMAT:
@@ -116,7 +130,7 @@ class Saver:
                 f"{point.path}: its shards are of step {reply.step}, its manifest of step {point.step}"
             )
         self.last = Saved(point.step, point.path, point.manifest.time, 0.0)
-        return point, state
+        return state
 
     async def save(self, epoch: int, step: int, state: Mapping[str, Any]) -> None:
         """Start a save of the trainer's present state; waits for the one before. Returns when training may go on."""
@@ -173,7 +187,7 @@ class Saver:
         try:
             status = await self._written()
             if status.error:
-                raise ConfigError(f"checkpoint.path: saving step {step} failed: {status.error}")
+                raise ConfigError(status.error)
             await asyncio.to_thread(transaction.commit, status.files)
             saved = Saved(step, transaction.final_path, time.time(), time.monotonic() - started)
         except GRPOError as error:
@@ -187,7 +201,7 @@ class Saver:
         self._emit("info", "CheckpointSaved", f"saved {saved.path.name} in {saved.seconds:.1f} s")
         self._on_saved(saved)
         try:
-            await asyncio.to_thread(prune, self._root, self._keep_last)
+            await asyncio.to_thread(prune, self._root, self._section.keep_last, self._section.resume)
         except GRPOError as error:
             self._emit("warning", "CheckpointPruneFailed", f"old checkpoints could not be removed: {error}")
         self._on_kept(await asyncio.to_thread(complete_checkpoints, self._root))

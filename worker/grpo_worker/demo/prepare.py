@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from grpo_worker.checkpoint.manifest import checksum_file
+from grpo_worker.checkpoint import checksum_file
 from grpo_worker.data.write import write_shuffled
 from grpo_worker.demo.model import build_model
 from grpo_worker.demo.tasks import Problem, split_problems, worked_response

@@ -3,6 +3,8 @@
 Invariant: each exception becomes one reason, one message that says what to do, and one exit code of the contract.
 """
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -11,7 +13,7 @@ from grpo_worker.protocol.messages import ErrorReply
 
 
 class OperationRefused(Exception):
-    """Raised on all ranks at the same point, with nothing changed: the trainer goes on."""
+    """Raised on all ranks at the same point: the trainer goes on."""
 
     def __init__(self, error: GRPOError) -> None:
         super().__init__(str(error))
@@ -51,15 +53,22 @@ def as_error(remote: ErrorReply) -> GRPOError:
     return error
 
 
-def damaged(directory: str, exception: BaseException) -> CheckpointDamagedError:
-    return CheckpointDamagedError(f"checkpoint {directory}: {root_cause(exception)}")
+def damaged(directory: Path, exception: BaseException) -> CheckpointDamagedError:
+    """What the ranks found in a checkpoint, those first that compared it with its manifest: to the others it is merely unreadable."""
+    found = [error for _, error in _failures(exception)] or [exception]
+    certain = [error for error in found if isinstance(error, CheckpointDamagedError)]
+    text = "; ".join(dict.fromkeys(map(root_cause, certain or found)))
+    return CheckpointDamagedError(text if text.startswith(str(directory)) else f"{directory}: {text}")
 
 
 def root_cause(exception: BaseException) -> str:
     """In one line: DCP wraps each rank's exception, with its traceback, in its own."""
-    failures = getattr(exception, "failures", None)
-    if isinstance(failures, dict) and failures:
-        rank, wrapped = sorted(failures.items())[0]
-        inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    for rank, inner in _failures(exception):
         return f"rank {rank}: {root_cause(inner)}"
     return one_line(exception)
+
+
+def _failures(exception: BaseException) -> list[tuple[int, BaseException]]:
+    """By rank, of an exception that DCP gathered."""
+    failures = getattr(exception, "failures", None) or {}
+    return [(rank, wrapped[0] if isinstance(wrapped, tuple) else wrapped) for rank, wrapped in sorted(failures.items())]

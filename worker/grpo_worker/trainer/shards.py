@@ -1,8 +1,8 @@
 """Saving and loading of the trainer's part of a checkpoint: `actor/` (Hugging Face format) and `state/` (DCP shards).
 
 Invariants: `save` returns when the state is copied to host memory; what is written later is that copy, whatever the
-training does. A write that fails is reported, with path and reason, and stops nothing. `load` restores bit for bit on
-the same number of ranks; on another number DCP reshards the tensors and the random generators of new ranks are seeded
+training does. A write that fails is reported, with path and reason, and stops nothing. `load` compares each file with its
+checksum while it reads it, and restores bit for bit on the same number of ranks; on another number DCP reshards the tensors and the random generators of new ranks are seeded
 anew.
 """
 
@@ -10,24 +10,27 @@ import errno
 import json
 import logging
 import os
+import pickle
 import random
-import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from grpo_worker.errors import StalledError
+from grpo_worker.checkpoint.files import make_directory, seal
+from grpo_worker.checkpoint.layout import ACTOR_DIRECTORY, STATE_DIRECTORY
+from grpo_worker.checkpoint.manifest import read_manifest
+from grpo_worker.checkpoint.storage import as_storage_error, free_bytes
+from grpo_worker.errors import CheckpointDamagedError, GRPOError, StalledError
 from grpo_worker.protocol.messages import SaveStatusReply
 from grpo_worker.trainer.distributed import Ranks, seed_everything
 from grpo_worker.trainer.failures import OperationRefused, damaged, root_cause
@@ -35,13 +38,13 @@ from grpo_worker.trainer.hf_format import write_model
 from grpo_worker.trainer.model import PolicyModel, named_parameters
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.publish import whole_state
+from grpo_worker.trainer.shard_files import METADATA_FILE, ShardReader, ShardWriter, system_error
 from grpo_worker.trainer.update import TrainerState, release_gathered
 
-STATE_DIRECTORY, ACTOR_DIRECTORY = "state", "actor"
 FACTS_FILE = "trainer.json"
-FILE_MODE, DIRECTORY_MODE = 0o640, 0o750  # at least: a reader of the same group is served whatever the umask was
-HASH_CHUNK_BYTES = 1 << 24
 NO_SPACE_BYTES = 1 << 24
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class ShardStore:
         self._status = SaveStatusReply(done=False)
         future: Any = dcp.async_save(
             self._tensors(),
-            storage_writer=_ShardWriter(directory / STATE_DIRECTORY, thread_count=1),
+            storage_writer=ShardWriter(directory / STATE_DIRECTORY, thread_count=1),
             process_group=self.ranks.saving,
         )
 
@@ -88,12 +91,12 @@ class ShardStore:
             try:
                 getattr(future, "upload_completion", future).result(self.timeout_seconds)
                 self._write_rest(directory, whole, facts, generators)
-                files = self._hash_files(directory)
+                files = self._seal_files(directory)
             except (
                 Exception,
                 CheckpointException,
             ) as exception:  # disk full, read-only, vanished: all reach the coordinator as text
-                error, files = _write_error(directory, exception), {}
+                error, files = _write_error(directory, facts["step"], exception), {}
             self._conclude(error, files, started)
 
         self._writing = threading.Thread(target=write, name="checkpoint-writer", daemon=True)
@@ -108,22 +111,41 @@ class ShardStore:
         return self._status
 
     def load(self, directory: Path) -> TrainerState:
-        """Restore from `directory`. Collective. Raises CheckpointDamagedError."""
+        """Restore from `directory`. Collective. Raises OperationRefused, on all ranks, with the damage that any of them has found;
+        weights and optimizer are then worth nothing until another load has succeeded."""
         self._finish_earlier()
-        below = directory / STATE_DIRECTORY
+        reader, facts, generators = self._agree(directory, lambda: self._open(directory))
         try:
-            facts = json.loads((below / FACTS_FILE).read_text())
-            dcp.load(
-                self._tensors(),
-                storage_reader=dcp.FileSystemReader(below),
-                process_group=self.ranks.control,
-            )
-            state = TrainerState(facts["step"], facts["updates"], facts["skipped_updates"])
-            self._restore_generators(below, facts)
-        except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as exception:
-            raise damaged(str(directory), exception) from exception
+            dcp.load(self._tensors(), storage_reader=reader, process_group=self.ranks.control)
+        except CheckpointException as exception:  # the same on all ranks
+            raise OperationRefused(damaged(directory, exception)) from exception
+        self._restore_generators(facts, generators)
         release_gathered(self.model)
-        return state
+        return TrainerState(facts["step"], facts["updates"], facts["skipped_updates"])
+
+    def _open(self, directory: Path) -> tuple[ShardReader, dict[str, Any], dict[str, Any] | None]:
+        """The reader of the shards, the facts, and this rank's generators: None when it is new to the checkpoint."""
+        files = read_manifest(directory).files
+        reader = ShardReader(directory, files, self.ranks)
+        generator = _generator_file(self.ranks.rank)
+        held = f"{STATE_DIRECTORY}/{generator}" in files
+        generators = torch.load(reader.whole(generator), weights_only=True) if held else None
+        return reader, json.load(reader.whole(FACTS_FILE)), generators
+
+    def _agree(self, directory: Path, work: Callable[[], Result]) -> Result:
+        """The result of `work` on this rank. Raises OperationRefused on all ranks when it fails on any of them."""
+        results: list[Result] = []
+        problems = [""]
+        try:
+            results.append(work())
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, GRPOError) as exception:
+            problems = [str(damaged(directory, exception))]
+        if self.ranks.world_size > 1:
+            mine, problems = problems[0], [""] * self.ranks.world_size
+            dist.all_gather_object(problems, mine, group=self.ranks.control)
+        if text := "; ".join(dict.fromkeys(filter(None, problems))):
+            raise OperationRefused(CheckpointDamagedError(text))
+        return results[0]
 
     def _tensors(self) -> dict[str, Any]:
         """The live tensors by name: DCP reads them to save, and writes into them to load."""
@@ -150,16 +172,16 @@ class ShardStore:
             (below / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
             write_model(directory / ACTOR_DIRECTORY, self.model.lm, whole, self.save_dtype, self.source)
 
-    def _hash_files(self, directory: Path) -> dict[str, str]:
-        """This rank's files, made durable and readable: path below `directory` -> "xxh3:HEX"."""
+    def _seal_files(self, directory: Path) -> dict[str, str]:
+        """This rank's files: path below `directory` -> "xxh3:HEX"."""
         rank, below = self.ranks.rank, directory / STATE_DIRECTORY
         mine = [*below.glob(f"__{rank}_*"), below / _generator_file(rank)]
         if self.ranks.is_first:
             actor = directory / ACTOR_DIRECTORY
-            mine += [below / ".metadata", below / FACTS_FILE, *(path for path in actor.rglob("*") if path.is_file())]
-            for folder in (directory, below, actor):
-                os.chmod(folder, folder.stat().st_mode | DIRECTORY_MODE)
-        return {str(path.relative_to(directory)): _seal(path) for path in sorted(mine)}
+            for folder in (below, actor):
+                make_directory(folder)
+            mine += [below / METADATA_FILE, below / FACTS_FILE, *(path for path in actor.rglob("*") if path.is_file())]
+        return {str(path.relative_to(directory)): seal(path) for path in sorted(mine)}
 
     def _conclude(self, error: str, files: dict[str, str], started: float) -> None:
         outcomes: list[Any] = [(error, files)]
@@ -180,25 +202,12 @@ class ShardStore:
         if errors:
             log.error("checkpoint not written: %s", self._status.error)
 
-    def _restore_generators(self, below: Path, facts: dict[str, Any]) -> None:
-        file = below / _generator_file(self.ranks.rank)
-        if file.exists():
-            set_random_state(torch.load(file, weights_only=True))
+    def _restore_generators(self, facts: dict[str, Any], generators: dict[str, Any] | None) -> None:
+        if generators is not None:
+            set_random_state(generators)
         else:
             seed_everything(self.seed + self.ranks.rank + 1_000_003 * facts["step"])
             log.warning("rank %d is new to this checkpoint (%d ranks): reseeded", self.ranks.rank, facts["world_size"])
-
-
-class _ShardWriter(dcp.FileSystemWriter):
-    """Tells why a write failed: on its way between ranks an exception loses what it was raised from."""
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as exception:
-            if system := _system_error(exception):
-                raise OSError(system.errno, system.strerror, str(self.path)) from exception
-            raise
 
 
 def random_state() -> dict[str, Any]:
@@ -227,48 +236,11 @@ def _generator_file(rank: int) -> str:
     return f"rng-rank-{rank}.pt"
 
 
-def _seal(path: Path) -> str:
-    """Hash, widen the mode, flush to disk."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        for chunk in _chunks(file):
-            digest.update(chunk)
-        os.fsync(file.fileno())
-    os.chmod(path, path.stat().st_mode | FILE_MODE)
-    return f"xxh3:{digest.hexdigest()}"
-
-
-def _chunks(file: Any) -> Iterable[bytes]:
-    while chunk := file.read(HASH_CHUNK_BYTES):
-        yield chunk
-
-
-def _write_error(directory: Path, exception: BaseException) -> str:
-    """Path and reason. PyTorch's file writer covers the system's error with one of its own; it is found beneath."""
-    system = exception if isinstance(exception, OSError) else _system_error(exception)
-    if system is not None and system.strerror:
-        return f"{system.filename or directory}: {system.strerror} (errno {system.errno})"
-    free = _free_bytes(directory)
-    hint = f" ({os.strerror(errno.ENOSPC)}: {free} bytes are free)" if 0 <= free < NO_SPACE_BYTES else ""
-    return f"{directory}: {root_cause(exception)}{hint}"
-
-
-def _system_error(exception: BaseException | None) -> OSError | None:
-    seen: set[int] = set()
-    while exception is not None and id(exception) not in seen:
-        seen.add(id(exception))
-        failures = getattr(exception, "failures", None)
-        wrapped = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        inner = wrapped[0] if isinstance(wrapped, tuple) else None
-        if isinstance(inner, BaseException) and (found := _system_error(inner)):
-            return found
-        if isinstance(exception, OSError):
-            return exception
-        exception = exception.__cause__ or exception.__context__
-    return None
-
-
-def _free_bytes(directory: Path) -> int:
-    """-1 when nobody knows."""
-    existing = next((path for path in (directory, *directory.parents) if path.is_dir()), None)
-    return shutil.disk_usage(existing).free if existing else -1
+def _write_error(directory: Path, step: int, exception: BaseException) -> str:
+    """Path, reason and what to do. PyTorch's own words for a disk that is full name neither."""
+    system = exception if isinstance(exception, OSError) else system_error(exception)
+    if system is None and 0 <= free_bytes(directory) < NO_SPACE_BYTES:
+        system = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+    if system is not None:
+        return str(as_storage_error(system, directory, f"saving step {step}"))
+    return f"checkpoint.path: saving step {step} into {directory} failed: {root_cause(exception)}"
