@@ -111,7 +111,14 @@ DEFAULTS = {
 READ_AS = {
     "overlong_buffer": {"options"},
     "rollout_correction": {"options"},
-    "validation": {"sampling"},
+    "model": {"section"},
+    "kl_ctrl": {"kl"},
+    "filter_groups": {"dynamic"},
+    "optim": {"options"},
+    "fsdp": {"offload"},
+    "ref": {"limits"},
+    "rollout": {"limits"},
+    "validation": {"sampling", "sampled"},
     "env": {"variable"},
     "spec": {"_spec"},
     "rules": {"rule"},
@@ -144,17 +151,22 @@ LEAVES = list(leaves(Spec))
 
 
 def reads() -> set[tuple[str, str]]:
-    """(owner, attribute) of each `owner.attribute` in the product code that gets the document, outside its own package."""
+    """(owner, attribute) of each `owner.attribute` in the product code that gets the document.
+
+    Of the document's own package `self.attribute` alone counts: what a section derives from its fields, for readers elsewhere.
+    """
     found = set()
     for source in (path for folder in SOURCES for path in folder.rglob("*.py")):
         text = source.read_text()
-        if source.is_relative_to(CONFIGURATION) or not ("grpo_worker.config" in text or "grpo_operator" in text):
+        own = source.is_relative_to(CONFIGURATION)
+        if not own and not ("grpo_worker.config" in text or "spec" in text or "grpo_operator" in text):
             continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
-                found.add((name, node.attr))
+                if not own or name == "self":
+                    found.add((name, node.attr))
     return found
 
 
@@ -208,7 +220,7 @@ def test_what_needs_a_critic_is_refused(setting: dict[str, Any]) -> None:
 def test_a_field_that_is_accepted_has_an_effect(
     path: str, section: str, name: str, read_attributes: set[tuple[str, str]]
 ) -> None:
-    owners = {section} | READ_AS.get(section, set())
+    owners = {section, "self"} | READ_AS.get(section, set())
     assert any((owner, name) in read_attributes for owner in owners), f"no code reads {section}.{name} ({path})"
 
 

@@ -306,7 +306,7 @@ def test_restoring_with_changed_data_says_what_changed(
     state = first.state_dict(Cursor(0, 3))
     limit = change.get("limit")
     if limit:
-        part, limit = "10 prompts were within the length limit and 9 are", 2
+        part, limit = "within the length limit, 10 then and 9 now (data.maxPromptLength was 8 and is 2)", 2
     tag, rows = change.get("tag", "p"), change.get("rows", 10)
     columns = {"prompt": [f"{tag}{n}" for n in range(9)] + ["long"] * (rows - 9), "reward": ["1"] * rows}
     path = write_parquet(columns, change.get("name", "train.parquet"))

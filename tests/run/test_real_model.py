@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 QUESTIONS = ("What is 17 + 25?", "Name three colors.")
 ANSWER_TOKENS = 24
 
+pytestmark = pytest.mark.timeout(600)  # 134 million parameters on two cores; the first time the model is fetched and converted
+
 
 @pytest.fixture(scope="module")
 def model() -> Path:
