@@ -102,8 +102,9 @@ async def good(engine: "Engine", stream: web.StreamResponse, http: web.Request, 
 class Engine:
     """A rollout server without a model. `behaviour` answers a generate request; `apply` a weight sync."""
 
-    def __init__(self, name: str, behaviour: Behaviour = good) -> None:
+    def __init__(self, name: str, behaviour: Behaviour = good, host: str = "127.0.0.1") -> None:
         self.name = name
+        self.host = host
         self.behaviour = behaviour
         self.instance = "first"
         self.version = -1
@@ -124,9 +125,9 @@ class Engine:
         app.add_routes([web.post("/v1/generate", self._generate), web.post("/v1/weights", self._weights)])
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, self.host, 0)
         await site.start()
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
+        self.url = f"http://{self.host}:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
 
     async def stop(self) -> None:
         self.released.set()
@@ -164,6 +165,10 @@ class Engine:
         await self.behaviour(self, stream, http, request)
         return stream
 
+    async def pull(self, request: ApplyWeightsRequest) -> str:
+        """The digest of what its workers have then."""
+        return self.digest or request.store.digest
+
     async def _weights(self, http: web.Request) -> web.Response:
         request = codec.decode(await http.read(), ApplyWeightsRequest)
         self.syncs.append(request.version)
@@ -172,10 +177,11 @@ class Engine:
         self.log.append(f"weights {request.version}")
         if self.refusal is not None:
             return error_answer(503, self.refusal)
+        digest = await self.pull(request)
         self.version = request.version
         reply = ApplyWeightsReply(
             version=request.version,
-            digest=self.digest or request.store.digest,
+            digest=digest,
             bytes=request.store.total_bytes,
             pull_seconds=0.5,
             apply_seconds=0.25,
@@ -187,6 +193,8 @@ class Engine:
 
 class Trainer:
     """Rank 0 without a model: answers what `answers` says by the type of the request."""
+
+    host = "127.0.0.1"
 
     def __init__(self) -> None:
         self.instance = "first"
@@ -204,9 +212,9 @@ class Trainer:
         app.add_routes([web.post("/v1/trainer", self._call)])
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, self.host, 0)
         await site.start()
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
+        self.url = f"http://{self.host}:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
 
     async def stop(self) -> None:
         if self._runner is not None:

@@ -115,3 +115,19 @@ def test_who_is_there_to_be_told_something(members: Members, clock: Clock) -> No
     members.beat(changed(name="loading", state="starting"))
     members.beat(changed(name="leaving", state="failed"))
     assert [member.name for member in members.present()] == ["loading", "ready"]
+
+
+def test_after_a_scale_down_who_is_gone_is_said_to_be_lost_and_then_forgotten(members: Members, clock: Clock) -> None:
+    def listed() -> dict[str, str]:
+        members.beat(changed(name="trainer-0", role="trainer"))
+        return {member.name: members.state(member) for member in members.all() if member.beat.role == "rollout"}
+
+    members.beat(changed(name="rollout-0"))
+    members.beat(changed(name="rollout-1", state="failed", terminating="rollout-1"))
+    assert listed() == {"rollout-0": "ready", "rollout-1": "failed"}
+    clock.now += 31
+    assert listed() == {"rollout-0": "lost"}, "it took leave: nobody waits for it"
+    clock.now += 300
+    assert listed() == {}
+    members.beat(changed(name="rollout-0"))
+    assert listed() == {"rollout-0": "ready"}, "and may come back"

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 from coordinator_helpers import Engine, World, groups, heartbeats, world
 
-from grpo_worker.coordinator import weight_sync
+from grpo_worker.coordinator import members, weight_sync
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.errors import PeerLostError
 from grpo_worker.protocol.messages import ErrorReply
@@ -159,3 +159,59 @@ async def test_a_version_published_while_an_engine_joins_is_the_one_that_it_ends
         await asyncio.gather(*(here.weights.publish(version) for version in (1,)))
         await until_serving(here, "rollout-0")
         assert engine.version == here.weights.version == 1
+
+
+async def test_a_publish_does_not_wait_for_an_engine_that_was_out_of_service() -> None:
+    """Its sync hangs, beside training: neither a publish nor another engine that joins waits for it."""
+    serving_one, hanging, late = Engine("rollout-0"), Engine("rollout-1"), Engine("rollout-2")
+    hanging.hang_at_sync = True
+    async with world(serving_one, version=0, timeout_seconds=60.0) as here, joining(here):
+        await here.join(hanging)
+        while not hanging.syncs:
+            await here.members.wait(0.02)
+        async with asyncio.timeout(5):
+            await here.weights.publish(1)
+            await here.join(late)
+            await until_serving(here, "rollout-0", "rollout-2")
+        assert hanging.syncs == [0]
+        hanging.released.set()
+        hanging.hang_at_sync = False
+        await until_serving(here, "rollout-0", "rollout-1", "rollout-2")
+        assert hanging.syncs == [0, 1], "the version that is current when it is free again"
+
+
+async def test_an_engine_that_falls_silent_in_a_sync_costs_a_publish_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "WATCH_SECONDS", 0.02)
+    alive, silent = Engine("rollout-0"), Engine("rollout-1")
+    async with world(alive, silent, version=0, timeout_seconds=300.0) as here:
+        silent.hang_at_sync = True
+        publishing = asyncio.create_task(here.weights.publish(1))
+        while not silent.syncs[1:]:
+            await asyncio.sleep(0.01)
+        here.clock.pushed = 20.0
+        here.members.beat(alive.beat())
+        await asyncio.sleep(0.1)
+        assert not publishing.done()
+        (waits,) = [wait for wait in here.members.waits() if "rollout-1" in wait and "silent" in wait]
+        assert "20 s" in waits and "lost after 30 s" in waits and "the sync of version 1" in waits
+        here.clock.pushed = 31.0
+        here.members.beat(alive.beat())
+        async with asyncio.timeout(2):
+            report = await publishing
+        assert len(report.replies) == 1
+        assert serving(here) == ["rollout-0"]
+        assert any(
+            reason == "WeightSyncFailed" and "rollout-1 was silent for 3" in text for _, reason, text in here.events
+        )
+
+
+async def test_a_sync_that_fails_again_and_again_is_tried_ever_more_rarely() -> None:
+    engine = Engine("rollout-0")
+    async with world(version=0) as here, joining(here):
+        engine.refusal = ErrorReply(reason="EngineDead", message="no")
+        await here.join(engine)
+        await asyncio.sleep(1.0)
+        tries = len(engine.syncs)
+        assert 3 <= tries <= 7, "0.02 s, doubled each time"
+        engine.refusal = None
+        await until_serving(here, "rollout-0")

@@ -103,8 +103,10 @@ class WeightSync:
         self._publishing = self._members.alive("rollout") if self._source is None else self.in_service()
         self._source = reply.store
         report = SyncReport(version, reply.seconds)
+        names = ", ".join(member.name for member in self._publishing)
         try:
-            done = await asyncio.gather(*map(self._try, self._publishing), return_exceptions=True)
+            with self._members.waiting(f"{names} to take the weights of version {version}"):
+                done = await asyncio.gather(*map(self._try, self._publishing), return_exceptions=True)
         finally:
             self._publishing = []
         for result in done:

@@ -40,6 +40,7 @@ class HeartbeatClient:
         self._on_reply = on_reply
         self._wake = asyncio.Event()
         self._answered = time.monotonic()
+        self._told_at = 0.0  # silent for so long when it was last logged
 
     @property
     def silent_seconds(self) -> float:
@@ -72,13 +73,12 @@ class HeartbeatClient:
                 session, self.url, self._beat(), HeartbeatReply, self._token, timeout_seconds
             )
         except (PeerLostError, TimeoutError) as error:
-            log.warning(
-                "heartbeat to %s failed: %s (silent for %.0f s)",
-                self.url,
-                error or type(error).__name__,
-                self.silent_seconds,
-            )
+            silent = self.silent_seconds
+            if not self._told_at or silent > 2 * self._told_at:  # ever more rarely
+                self._told_at = max(silent, 1.0)
+                cause = str(error) or type(error).__name__
+                log.warning("heartbeat to %s failed: %s (silent for %.0f s)", self.url, cause, silent)
             return
-        self.reply, self._answered = reply, time.monotonic()
+        self.reply, self._answered, self._told_at = reply, time.monotonic(), 0.0
         if self._on_reply is not None:
             self._on_reply(reply)
