@@ -50,7 +50,7 @@ async def test_each_prompt_is_trained_exactly_once_an_epoch(stage: Stage, stalen
     assert [line["step"] for line in metrics] == stage.trainer.steps
     startup = {name.removeprefix("startup_s/"): value for name, value in metrics[0].items() if "startup_s/" in name}
     assert startup.keys() == {
-        "process", "data", "rewards", "trainer", "resume", "publish", "engines", "first_step", "total",
+        "process", "model", "data", "rewards", "trainer", "resume", "publish", "engines", "first_step", "total",
     }  # fmt: skip
     assert 0 < sum(startup.values()) - startup["total"] <= startup["total"]  # parts of it, one after another
     assert not any(name.startswith("startup_s/") for line in metrics[1:] for name in line)
