@@ -55,6 +55,12 @@ BAD_FIELDS = [
     ("actor.optim.lr=.inf", "spec.actor.optim.lr", "finite"),
     ("actor.optim.lr=.nan", "spec.actor.optim.lr", "finite"),
     ("actor.optim.betas=[0.9]", "spec.actor.optim.betas", "at least 2"),
+    ("actor.optim.betas=[0.9, 1.5]", "spec.actor.optim.betas[1]", "less than 1"),
+    ("actor.optim.betas=[1.0, 0.999]", "spec.actor.optim.betas[0]", "less than 1"),
+    ("actor.optim.betas=[-0.1, 0.999]", "spec.actor.optim.betas[0]", "greater than or equal to 0"),
+    ("actor.optim.lr=2", "spec.actor.optim.lr", "less than or equal to 1"),
+    ("actor.optim.weightDecay=10", "spec.actor.optim.weightDecay", "less than or equal to 1"),
+    ("actor.clipRatioLow=1.2", "spec.actor.clipRatioLow", "less than or equal to 1"),
     ("actor.optim.clipGrad=0", "spec.actor.optim.clipGrad", "greater than 0"),
     ("actor.optim.lrScheduler=step", "spec.actor.optim.lrScheduler", "'constant', 'cosine' or 'linear'"),
     ("actor.ppoMiniBatchSize=0", "spec.actor.ppoMiniBatchSize", "greater than or equal to 1"),
@@ -80,7 +86,20 @@ BAD_FIELDS = [
     ("model.path=''", "spec.model.path", "at least 1 character"),
     ("model.dtype=float64", "spec.model.dtype", "'bfloat16'"),
     ("rollout.n=0", "spec.rollout.n", "equal to 1"),
-    ("rollout.temperature=0", "spec.rollout.temperature", "greater than 0"),
+    ("rollout.temperature=0", "spec.rollout.temperature", "greater than or equal to 0.01"),
+    ("rollout.validation.temperature=0.001", "spec.rollout.validation.temperature", "greater than or equal to 0.01"),
+    ("rollout.temperature=1000", "spec.rollout.temperature", "less than or equal to 100"),
+    ("rollout.seed=4294967296", "spec.rollout.seed", "4294967295"),
+    ("trainer.seed=99999999999", "spec.trainer.seed", "4294967295"),
+    ("data.seed=4294967296", "spec.data.seed", "4294967295"),
+    ("rollout.replicas=100000", "spec.rollout.replicas", "less than or equal to 1000"),
+    ("rollout.maxModelLen=0", "spec.rollout.maxModelLen", "equal to 1"),
+    ("data.trainBatchSize=4294967296", "spec.data.trainBatchSize", "2147483647"),
+    ("reward.workers=100000", "spec.reward.workers", "1024"),
+    ("activeDeadlineSeconds=10000000000", "spec.activeDeadlineSeconds", "31622400"),
+    ("failurePolicy.stallTimeoutSeconds=1.0e+12", "spec.failurePolicy.stallTimeoutSeconds", "31622400"),
+    ("failurePolicy.backoffSeconds=61", "spec.failurePolicy.backoffSeconds", "less than or equal to 60"),
+    ("network.heartbeatSeconds=0", "spec.network.heartbeatSeconds", "0.01"),
     ("rollout.topP=1.01", "spec.rollout.topP", "less than or equal to 1"),
     ("rollout.gpuMemoryUtilization=0", "spec.rollout.gpuMemoryUtilization", "greater than 0"),
     ("rollout.gpuMemoryUtilization=1", "spec.rollout.gpuMemoryUtilization", "less than 1"),
@@ -137,6 +156,12 @@ BAD_FIELDS = [
     ("failurePolicy.rules=[{action: FailJob, onExitCodes: [1]}]", "spec.failurePolicy.rules[0].onExitCodes", "exitCodes"),
 ]  # fmt: skip
 
+RS_LOWER = "algorithm.rolloutCorrection.rolloutRsLowerThreshold"
+OWNED_VARIABLES = (
+    "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES",
+    "VLLM_CPU_KVCACHE_SPACE",
+)  # fmt: skip
+
 # Contradictions: all the overrides that make one, the field to change, words of the remedy.
 CONTRADICTIONS = [
     (["algorithm.useKLInReward=true", "actor.useKLLoss=true"], "actor.useKLLoss", "count twice"),
@@ -156,6 +181,60 @@ CONTRADICTIONS = [
         "not below",
     ),
     (["rollout.topK=0"], "rollout.topK", "no token"),
+    (
+        ["algorithm.rolloutCorrection={rolloutRs: [seq_mean_k1], rolloutRsThreshold: 1.0}"],
+        RS_LOWER,
+        "less than rolloutRsThreshold",
+    ),
+    (
+        ["algorithm.rolloutCorrection={rolloutRs: [token_k1], rolloutRsLowerThreshold: 3}"],
+        RS_LOWER,
+        "less than rolloutRsThreshold",
+    ),
+    (
+        ["algorithm.rolloutCorrection={rolloutRs: [seq_max_k2], rolloutRsLowerThreshold: 0.5}"],
+        RS_LOWER,
+        "bounds the k1 criteria",
+    ),
+    (
+        ["rollout.n=1", "algorithm.advantageEstimator=reinforce", "algorithm.filterGroups.enable=true"],
+        "algorithm.filterGroups.enable",
+        "every group",
+    ),
+    (
+        ["rollout.n=1", "algorithm.advantageEstimator=reinforce", "algorithm.preset=DAPO"],
+        "algorithm.filterGroups.enable",
+        "every group",
+    ),
+    (["rollout.maxModelLen=1000"], "rollout.maxModelLen", "does not hold"),
+    (["rollout.maxNumBatchedTokens=255"], "rollout.maxNumBatchedTokens", "lower rollout.maxNumSeqs"),
+    (["rollout.engineArgs={model: other}"], "rollout.engineArgs", "model.path"),
+    (["rollout.engineArgs={dtype: float16}"], "rollout.engineArgs", "rollout.dtype"),
+    (["rollout.engineArgs={seed: 2}"], "rollout.engineArgs", "rollout.seed"),
+    (["rollout.engineArgs={max_model_len: 4096}"], "rollout.engineArgs", "rollout.maxModelLen"),
+    (["rollout.engineArgs={tensor_parallel_size: 2}"], "rollout.engineArgs", "rollout.tensorParallelSize"),
+    (["rollout.engineArgs={data_parallel_size: 2}"], "rollout.engineArgs", "rollout.replicas"),
+    (["rollout.engineArgs={gpu_memory_utilization: 0.5}"], "rollout.engineArgs", "rollout.gpuMemoryUtilization"),
+    (["rollout.engineArgs={enforce_eager: true}"], "rollout.engineArgs", "rollout.enforceEager"),
+    (["rollout.engineArgs={logprobs_mode: raw_logits}"], "rollout.engineArgs", "logprobs_mode"),
+    (["rollout.engineArgs={worker_extension_cls: a.B}"], "rollout.engineArgs", "worker_extension_cls"),
+    (["rollout.engineArgs={weight_transfer_config: {backend: nccl}}"], "rollout.engineArgs", "weight_transfer_config"),
+    (["network={trainerPort: 7700, rendezvousPort: 7700}"], "network.trainerPort", "three ports"),
+    (["network={weightSyncPort: 7700, rendezvousPort: 7700}"], "network.trainerPort", "three ports"),
+    (["network.rolloutPort=65535", "rollout.replicas=2"], "network.rolloutPort", "the last of rollout.replicas"),
+    (["trainer.loggers=[jsonl, console, jsonl]"], "trainer.loggers", "twice"),
+    *[([f"runtime.env=[{{name: {name}, value: a}}]"], "runtime.env", "Leave it out") for name in OWNED_VARIABLES],
+    (["runtime.env=[{name: GRPO_JOB_TOKEN, value: a}]"], "runtime.env", "GRPO_"),
+    (
+        ["runtime.podTemplate.all.spec.containers=[{name: worker, env: [{name: GRPO_RUN_DIR, value: a}]}]"],
+        "runtime.podTemplate",
+        "Leave it out",
+    ),
+    (
+        ["runtime.podTemplate.trainer.spec.initContainers=[{name: a, env: [{name: RANK, value: '0'}]}]"],
+        "runtime.podTemplate",
+        "Leave it out",
+    ),
     (["actor.ppoMicroBatchSizePerGPU=1", "actor.ppoMaxTokenLenPerGPU=8"], "actor.ppoMicroBatchSizePerGPU", "Keep one"),
     (
         ["ref.logProbMicroBatchSizePerGPU=1", "ref.logProbMaxTokenLenPerGPU=8"],
@@ -243,6 +322,18 @@ GOOD = [
         "reward.options={method: strict}",
     ],
     ["algorithm.rolloutCorrection={rolloutIsLowerThreshold: 0.5, rolloutIsThreshold: 5, rolloutRs: [seq_max_k2]}"],
+    [
+        "algorithm.rolloutCorrection={rolloutRs: [token_k1, seq_max_k2], rolloutRsThreshold: 0.9, rolloutRsLowerThreshold: 0.5}"
+    ],
+    ["actor.klLossType=k3+", "actor.useKLLoss=true", "algorithm.klPenalty=low_var_kl+"],
+    [
+        "actor.optim.betas=[0, 0.9999]",
+        "actor.clipRatioLow=1.0",
+        "rollout.maxModelLen=1536",
+        "network.rolloutPort=65535",
+    ],
+    ["network={coordinatorPort: 7700, trainerPort: 7700, rolloutPort: 7700}"],
+    ["runtime.podTemplate.all.spec.containers=[{name: worker, env: [{name: NCCL_DEBUG, value: INFO}]}]"],
     ["suspend=true", "ttlSecondsAfterFinished=0", "activeDeadlineSeconds=3600"],
     ["runtime.workspace={claimName: grpo-workspace, subPath: team/a}", "runtime.device=cpu"],
     [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_worker.algorithms import kl_penalty, make_kl_controller, penalize_rewards
-from grpo_worker.algorithms.kl import KLKind
+from grpo_worker.config.algorithm import KLKind
 from grpo_worker.errors import UsageError
 
 LOG_PROBS = [-1.0, -0.2, -3.0, -0.5]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from grpo_worker.algorithms import (
     POLICY_LOSSES,
-    LossAggMode,
     LossNormalizer,
     PolicyLossInputs,
     aggregate,
     total_loss,
 )
+from grpo_worker.config.actor import LossAggMode
 from grpo_worker.errors import DataError, UsageError
 
 MODES: tuple[LossAggMode, ...] = get_args(LossAggMode)

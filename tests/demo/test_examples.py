@@ -20,6 +20,7 @@ LEFT_OUT = {
     "rollout.logProbMicroBatchSizePerGPU",
     "rollout.agent",
     "algorithm.rolloutCorrection.rolloutIsLowerThreshold",
+    "algorithm.rolloutCorrection.rolloutRsLowerThreshold",
     "network.rendezvousPort",
 }
 

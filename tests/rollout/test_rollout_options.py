@@ -1,10 +1,14 @@
 """What a replica takes from the job and from its environment."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from replica_helpers import engine_options
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from grpo_worker.config.load import job_from_document
+from grpo_worker.config.rollout import OWN_ENGINE_ARGS
 from grpo_worker.rollout.main import options_of
 from grpo_worker.rollout.options import engine_arguments
 
@@ -32,11 +36,22 @@ def test_options_come_from_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (replica.coordinator_url, replica.token) == ("http://10.0.0.1:8000", "secret")
 
 
-def test_an_engine_argument_sets_the_context() -> None:
-    spec = {**DOCUMENT["spec"], "rollout": {"engineArgs": {"max_model_len": 64, "swap_space": 1}}}  # type: ignore[dict-item]
+def test_the_context_and_further_arguments_reach_the_engine() -> None:
+    spec = {**DOCUMENT["spec"], "rollout": {"maxModelLen": 512, "engineArgs": {"swap_space": 1}}}  # type: ignore[dict-item]
     engine, _ = options_of(job_from_document({**DOCUMENT, "spec": spec}), 0)
     arguments = engine_arguments(engine, Path("resolved"), on_gpu=True)
-    assert (engine.max_model_len, arguments["max_model_len"], arguments["swap_space"]) == (64, 64, 1)
+    assert (arguments["max_model_len"], arguments["swap_space"]) == (512, 1)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_document_refuses_exactly_the_engine_arguments_that_the_run_sets(on_gpu: bool) -> None:
+    def arguments(**engine_args: object) -> dict[str, object]:
+        options = engine_options("m", 64, max_num_batched_tokens=512, engine_args=engine_args)
+        return engine_arguments(options, Path("m"), on_gpu)
+
+    ours = arguments()
+    assert {name for name in ours if arguments(**{name: "theirs"})[name] != "theirs"} == OWN_ENGINE_ARGS.keys()
+    assert OWN_ENGINE_ARGS.keys() <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
 
 
 def test_in_a_pod_the_port_is_the_same_for_every_replica(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,13 @@
 """The environment of a worker process in a pod.
 
-Invariant: a person's variables win over our defaults, never over the names by which the operator tells a process what it is
-(`PROTECTED`): those are refused. Every cache that a library keeps is in a directory that can be written.
+Invariant: a person's variables win over our defaults; the names by which the operator tells a process what it is are refused with the
+document (`config.pod_template.owns_variable`). Every cache that a library keeps is in a directory that can be written.
 """
 
 from datetime import datetime
 from typing import Any
 
-from grpo_operator.build.errors import CannotBuild, spec_of
+from grpo_operator.build.errors import spec_of
 from grpo_operator.build.ports import ports_of
 from grpo_operator.build.resources import threads
 from grpo_operator.build.secret import KEY
@@ -20,15 +20,12 @@ from grpo_worker.config.runtime import EnvFromSource, EnvVar
 from grpo_worker.config.status import GRPOJobStatus
 
 TERMINATION_LOG_PATH = "/dev/termination-log"
-OWN_PREFIX = "GRPO_"
-RENDEZVOUS = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(job: Job, role: Role, index: int, status: GRPOJobStatus) -> list[dict[str, Any]]:
-    """Entries of `env`, unique by name. Raises CannotBuild for a variable that is the operator's."""
+    """Entries of `env`, unique by name."""
     entries = _defaults(job, role)
-    for number, variable in enumerate(spec_of(job).runtime.env):
-        refuse_protected(variable.name, f"runtime.env[{number}].name")
+    for variable in spec_of(job).runtime.env:
         entries[variable.name] = _entry(variable)
     entries |= _identity(job, role, index, status)
     return list(entries.values())
@@ -37,15 +34,6 @@ def environment(job: Job, role: Role, index: int, status: GRPOJobStatus) -> list
 def environment_from(job: Job) -> list[dict[str, Any]]:
     """Entries of `envFrom`; `env` wins over them."""
     return [_source(source) for source in spec_of(job).runtime.env_from]
-
-
-def is_protected(name: str) -> bool:
-    return name.startswith(OWN_PREFIX) or name in RENDEZVOUS
-
-
-def refuse_protected(name: str, field: str) -> None:
-    if is_protected(name):
-        raise CannotBuild(f"{field}: {name} is set by the operator. Remove it.")
 
 
 def resumes(status: GRPOJobStatus) -> bool:

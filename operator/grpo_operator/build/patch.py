@@ -7,7 +7,6 @@ strategic merge patch does). What a patch may not set is refused here again, tho
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_operator.build.environment import is_protected
 from grpo_operator.build.errors import CannotBuild
 from grpo_operator.build.resources import document_role
 from grpo_operator.labels import Role
@@ -92,10 +91,3 @@ def _other_source(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 def _refuse(patch: Mapping[str, Any], field: str) -> None:
     if forbidden := forbidden_pod_settings(patch):
         raise CannotBuild(f"{field}.{forbidden[0]}: a job may not set this. Remove it.")
-    for kind in ("containers", "initContainers"):
-        for container in (patch.get("spec") or {}).get(kind) or []:
-            for variable in container.get("env") or []:
-                if isinstance(variable, Mapping) and is_protected(str(variable.get("name", ""))):
-                    raise CannotBuild(
-                        f"{field}.spec.{kind}: {container.get('name')}: {variable['name']} is set by the operator. Remove it."
-                    )

@@ -5,7 +5,7 @@ Invariant: no two servers of one pod share a port; a port that the document leav
 
 from dataclasses import dataclass
 
-from grpo_operator.build.errors import CannotBuild, spec_of
+from grpo_operator.build.errors import spec_of
 from grpo_operator.facts import Job
 from grpo_operator.labels import Role
 
@@ -30,20 +30,11 @@ class Ports:
 
 
 def ports_of(job: Job) -> Ports:
-    """Raises CannotBuild when the document gives one trainer port twice."""
     network, usual = spec_of(job).network, Ports()
-    given = {
-        "trainerPort": network.trainer_port,
-        "weightSyncPort": network.weight_sync_port,
-        "rendezvousPort": network.rendezvous_port,
-    }
-    fixed = [port for port in given.values() if port]
-    for name, port in given.items():
-        if port and fixed.count(port) > 1:
-            raise CannotBuild(f"network.{name}: {port} is given to two servers of the trainer pods. Choose another.")
-    taken = set(fixed)
+    given = (network.trainer_port, network.weight_sync_port, network.rendezvous_port)
+    taken = set(given)
     numbers = []
-    for port, default in zip(given.values(), (usual.trainer, usual.weight_sync, usual.rendezvous), strict=True):
+    for port, default in zip(given, (usual.trainer, usual.weight_sync, usual.rendezvous), strict=True):
         number = port or next(free for free in range(default, 65536) if free not in taken)
         taken.add(number)
         numbers.append(number)

@@ -91,7 +91,7 @@ FORBIDDEN: list[tuple[dict[str, Any], str]] = [
     ({"metadata": {"labels": {"grpo.dev/role": "coordinator"}}}, "metadata.labels.grpo.dev/role"),
     (
         {"spec": {"containers": [{"name": "worker", "env": [{"name": "GRPO_JOB_TOKEN", "value": "x"}]}]}},
-        "GRPO_JOB_TOKEN is set by the operator",
+        "spec.containers[0].env[0] (GRPO_JOB_TOKEN)",
     ),
 ]
 
@@ -112,7 +112,7 @@ def unchecked(patch: dict[str, Any]) -> Job:
     return replace(job, spec=job.spec.model_copy(update={"runtime": runtime}))
 
 
-@pytest.mark.parametrize("env", [3, [{"name": []}]])
-def test_a_patch_that_is_no_pod_is_said_not_tried_for_ever(env: Any) -> None:
-    job = job_of(template(all={"spec": {"containers": [{"name": "worker", "env": env}]}}))
+@pytest.mark.parametrize("path", [[], {}])
+def test_a_patch_that_is_no_pod_is_said_not_tried_for_ever(path: Any) -> None:
+    job = job_of(template(all={"spec": {"containers": [{"name": "worker", "volumeMounts": [{"mountPath": path}]}]}}))
     assert "runtime.podTemplate" in build.problem(job, SETTINGS)

@@ -107,10 +107,17 @@ def test_secrets_become_variables() -> None:
     assert worker_of(pod)["envFrom"] == sources
 
 
-@pytest.mark.parametrize("name", ["GRPO_JOB_TOKEN", "GRPO_ANYTHING", "MASTER_ADDR", "NODE_RANK"])
-def test_the_operators_variables_are_refused(name: str) -> None:
-    job = job_of({"runtime": runtime(env=[{"name": name, "value": "x"}])}, check=False)
-    assert f"{name} is set by the operator" in (job.invalid or build.problem(job, SETTINGS))
+@pytest.mark.parametrize("role", list(Role))
+def test_a_job_cannot_set_what_tells_its_process_who_it_is(role: Role) -> None:
+    """Whatever differs between two pods or two jobs: the document that sets it is refused."""
+    spec = {"trainer": {"nodes": 2}}
+    mine, other = env_of(pod_of(spec, role, 1, OWN)), env_of(pod_of(spec, role, 0, OWN))
+    theirs = {name for name, value in mine.items() if value != other.get(name)}
+    theirs |= {name for name in mine if name.startswith(("GRPO_", "MASTER_"))}
+    assert {"GRPO_MEMBER_NAME", "GRPO_JOB_TOKEN"} <= theirs
+    for name in theirs:
+        job = job_of({"runtime": runtime(env=[{"name": name, "value": "x"}])}, check=False)
+        assert "sets a variable that `grpo run` and the operator set" in job.invalid, name
 
 
 OWN = GRPOJobStatus(

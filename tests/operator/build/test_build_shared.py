@@ -126,11 +126,6 @@ def test_ports_of_one_pod_never_clash(network: dict[str, int], expected: tuple[i
     assert (ports.trainer, ports.weight_sync, ports.rendezvous) == expected
 
 
-def test_a_port_given_twice_is_refused() -> None:
-    job = job_of({"network": {"trainerPort": 9000, "weightSyncPort": 9000}})
-    assert "network.trainerPort: 9000 is given to two servers" in build.problem(job, SETTINGS)
-
-
 def test_a_job_without_workspace_is_refused_with_what_to_do() -> None:
     assert "Set runtime.workspace.claimName" in build.problem(job_of(workspace=False), SETTINGS)
 

@@ -1,6 +1,6 @@
 """The mathematics of the training step, as pure functions on tensors.
 
-Invariant: nothing here knows a model, a process group, a file or the configuration; data is ragged and flat (`ragged`).
+Invariant: nothing here knows a model, a process group, a file or the configuration (but for the names of its choices); data is ragged and flat (`ragged`).
 
     shaping       rewards -> rewards: overlong penalty, dynamic sampling
     kl            log-probs -> KL per token, and its coefficient
@@ -17,15 +17,9 @@ from grpo_worker.algorithms.advantages import (
     checked,
     outcome_rewards,
 )
-from grpo_worker.algorithms.aggregation import (
-    LossAggMode,
-    LossNormalizer,
-    TotalLoss,
-    aggregate,
-    total_loss,
-)
-from grpo_worker.algorithms.correction import CorrectionLevel, CorrectionResult, Rejection, rollout_weights
-from grpo_worker.algorithms.kl import KLController, KLKind, kl_penalty, make_kl_controller, penalize_rewards
+from grpo_worker.algorithms.aggregation import LossNormalizer, TotalLoss, aggregate, total_loss
+from grpo_worker.algorithms.correction import CorrectionResult, Rejection, rollout_weights
+from grpo_worker.algorithms.kl import KLController, kl_penalty, make_kl_controller, penalize_rewards
 from grpo_worker.algorithms.losses import (
     POLICY_LOSSES,
     PolicyLoss,
@@ -40,11 +34,8 @@ __all__ = [
     "POLICY_LOSSES",
     "AdvantageEstimator",
     "AdvantageInputs",
-    "CorrectionLevel",
     "CorrectionResult",
     "KLController",
-    "KLKind",
-    "LossAggMode",
     "LossNormalizer",
     "PolicyLoss",
     "PolicyLossInputs",

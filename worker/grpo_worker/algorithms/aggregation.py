@@ -7,15 +7,13 @@ split (seq-mean-token-mean needs its length). Gradients of the ranks must be sum
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grpo_worker.algorithms.ragged import keep, mean_by_sequence
+from grpo_worker.config.actor import LossAggMode
 from grpo_worker.errors import DataError, UsageError
-
-LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 
 
 @dataclass(frozen=True, slots=True)

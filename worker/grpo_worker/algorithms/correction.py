@@ -12,7 +12,7 @@ criteria and metric names as in verl's rollout correction.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -24,15 +24,8 @@ from grpo_worker.algorithms.ragged import (
     mean_by_sequence,
     sum_by_sequence,
 )
+from grpo_worker.config.algorithm import CorrectionLevel, RejectionCriterion
 from grpo_worker.errors import DataError, UsageError
-
-CorrectionLevel = Literal["none", "token", "sequence"]
-RejectionKind = Literal[
-    "token_k1", "token_k2", "token_k3",
-    "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
-    "seq_mean_k1", "seq_mean_k2", "seq_mean_k3",
-    "seq_max_k2", "seq_max_k3",
-]  # fmt: skip
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -46,13 +39,15 @@ class Rejection:
     log(lower) <= k1 <= log(upper), lower = 1 / upper by default (`seq_mean_k1` bounds the geometric mean).
     """
 
-    kind: RejectionKind
+    kind: RejectionCriterion
     upper: float
     lower: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(RejectionKind):
-            raise UsageError(f"Unknown rejection '{self.kind}'. Choose from: {', '.join(get_args(RejectionKind))}.")
+        if self.kind not in get_args(RejectionCriterion):
+            raise UsageError(
+                f"Unknown rejection '{self.kind}'. Choose from: {', '.join(get_args(RejectionCriterion))}."
+            )
         if self.upper <= 0 or (self.kind.endswith("k1") and not 0 < (self.lower or 1 / self.upper) < self.upper):
             raise UsageError(
                 f"Rejection '{self.kind}': bounds must satisfy 0 < lower < upper (lower is 1 / upper by default), "

@@ -5,18 +5,14 @@ drawn from pi (J. Schulman, http://joschu.net/blog/kl-approx.html). A controller
 the run.
 """
 
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from grpo_worker.algorithms.ragged import count_by_sequence, keep, mean_by_sequence
+from grpo_worker.config.algorithm import KLControllerType, KLKind
 from grpo_worker.errors import UsageError
-
-KLKind = Literal[
-    "k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"
-]
-KLControllerType = Literal["fixed", "adaptive"]
 
 LOG_RATIO_LIMIT = 20.0
 K3_LIMIT = 10.0

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grpo_worker.algorithms.aggregation import LossAggMode
 from grpo_worker.algorithms.ragged import keep, mean_by_sequence
+from grpo_worker.config.actor import LossAggMode
 from grpo_worker.errors import DataError, UsageError
 
 LOG_RATIO_LIMIT = 20.0

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from grpo_worker.config.algorithm import KLKind
-from grpo_worker.config.base import Section, field
+from grpo_worker.config.base import Decay, Section, field
 from grpo_worker.errors import ConfigError
 
 DEFAULT_TOKEN_BUDGET = 16384
@@ -53,7 +53,7 @@ class Model(Section):
 class Optim(Section):
     """AdamW and its schedule."""
 
-    lr: float = field(1e-6, "Peak learning rate.", verl="actor.optim.lr", ge=0)
+    lr: float = field(1e-6, "Peak learning rate.", verl="actor.optim.lr", ge=0, le=1)
     lr_scheduler: Literal["constant", "cosine", "linear"] = field(
         "constant", "Shape after the warm-up.", verl="actor.optim.lr_scheduler_type"
     )
@@ -62,12 +62,12 @@ class Optim(Section):
         0.0, "Last learning rate as a share of lr (cosine, linear).", verl="actor.optim.min_lr_ratio", ge=0, le=1
     )
     weight_decay: float = field(
-        0.01, "Decoupled weight decay; not on norms and biases.", verl="actor.optim.weight_decay", ge=0
+        0.01, "Decoupled weight decay; not on norms and biases.", verl="actor.optim.weight_decay", ge=0, le=1
     )
-    betas: list[float] = field(
+    betas: list[Decay] = field(
         lambda: [0.9, 0.999], "AdamW's moments.", verl="actor.optim.betas", min_length=2, max_length=2
     )
-    eps: float = field(1e-8, "AdamW's epsilon.", gt=0)
+    eps: float = field(1e-8, "AdamW's epsilon.", gt=0, le=1)
     clip_grad: float = field(1.0, "Largest global gradient norm.", verl="actor.grad_clip", gt=0)
 
 
@@ -93,7 +93,7 @@ class Actor(Section):
         unit="prompts",
         ge=1,
     )
-    ppo_epochs: int = field(1, "Passes over each batch.", verl="actor.ppo_epochs", ge=1)
+    ppo_epochs: int = field(1, "Passes over each batch.", verl="actor.ppo_epochs", ge=1, le=1000)
     ppo_micro_batch_size_per_gpu: int | None = field(
         None,
         "Sequences a forward pass; in place of the token budget.",
@@ -108,7 +108,9 @@ class Actor(Section):
         unit="tokens",
         ge=1,
     )
-    clip_ratio_low: float = field(0.2, "Ratio is clipped below at 1 - this.", verl="actor.clip_ratio_low", ge=0)
+    clip_ratio_low: float = field(
+        0.2, "Ratio is clipped below at 1 - this; 1 leaves it open.", verl="actor.clip_ratio_low", ge=0, le=1
+    )
     clip_ratio_high: float = field(0.2, "Ratio is clipped above at 1 + this.", verl="actor.clip_ratio_high", ge=0)
     clip_ratio_c: float = field(
         3.0, "Dual clip: bound of the loss for negative advantages (arXiv 1912.09729).", verl="actor.clip_ratio_c", gt=1
@@ -122,7 +124,11 @@ class Actor(Section):
         False, "Add klLossCoef times the KL to the reference model to the loss.", verl="actor.use_kl_loss"
     )
     kl_loss_coef: float = field(0.001, "Coefficient of that term.", verl="actor.kl_loss_coef", ge=0)
-    kl_loss_type: KLKind = field("low_var_kl", "Estimator of that term.", verl="actor.kl_loss_type")
+    kl_loss_type: KLKind = field(
+        "low_var_kl",
+        "Estimator of that term; a trailing + takes k2's gradient, which is unbiased.",
+        verl="actor.kl_loss_type",
+    )
     entropy_coeff: float = field(0.0, "Coefficient of the entropy bonus.", verl="actor.entropy_coeff", ge=0)
     fsdp: ActorFSDP = field(ActorFSDP, "Offload.", verl="actor.fsdp_config")
 

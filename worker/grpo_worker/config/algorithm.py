@@ -4,7 +4,11 @@ from typing import Literal
 
 from grpo_worker.config.base import Section, field
 
-KLKind = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
+KLKind = Literal[
+    "k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+",
+]  # fmt: skip
+KLControllerType = Literal["fixed", "adaptive"]
+CorrectionLevel = Literal["token", "sequence", "none"]
 Preset = Literal["GRPO", "DrGRPO", "DAPO", "GSPO", "CISPO"]
 RejectionCriterion = Literal[
     "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
@@ -15,7 +19,7 @@ RejectionCriterion = Literal[
 class KLControl(Section):
     """Coefficient of the KL penalty in the reward."""
 
-    type: Literal["fixed", "adaptive"] = field(
+    type: KLControllerType = field(
         "fixed",
         "fixed keeps klCoef; adaptive steers it to targetKL (Ziegler et al. 2019).",
         verl="algorithm.kl_ctrl.type",
@@ -66,7 +70,7 @@ class OverlongBuffer(Section):
 class RolloutCorrection(Section):
     """Importance weights between the trainer's old policy and the policy that the engine sampled from."""
 
-    rollout_is: Literal["token", "sequence", "none"] = field(
+    rollout_is: CorrectionLevel = field(
         "token", "Level of the importance weights.", verl="algorithm.rollout_correction.rollout_is"
     )
     rollout_is_threshold: float = field(
@@ -84,12 +88,18 @@ class RolloutCorrection(Section):
         list,
         "Rejection criteria: tokens or sequences beyond the threshold leave the loss.",
         verl="algorithm.rollout_correction.rollout_rs",
+        max_length=11,
     )
     rollout_rs_threshold: float = field(
         2.0,
-        "Upper threshold of each criterion in rolloutRs.",
+        "Upper threshold of each criterion in rolloutRs: of k2 and k3 in nats, of k1 as a ratio.",
         verl="algorithm.rollout_correction.rollout_rs_threshold",
-        unit="nats",
+        gt=0,
+    )
+    rollout_rs_lower_threshold: float | None = field(
+        None,
+        "Lower threshold of the k1 criteria, as a ratio; default 1 / rolloutRsThreshold.",
+        verl="algorithm.rollout_correction.rollout_rs_threshold ('low_high')",
         gt=0,
     )
     bypass_mode: bool = field(
@@ -123,7 +133,11 @@ class Algorithm(Section):
         "Subtract klCtrl.klCoef times the KL to the reference model from each token's reward.",
         verl="algorithm.use_kl_in_reward",
     )
-    kl_penalty: KLKind = field("k1", "Estimator of the KL in the reward.", verl="algorithm.kl_penalty")
+    kl_penalty: KLKind = field(
+        "k1",
+        "Estimator of the KL in the reward (+ changes only a gradient, so nothing here).",
+        verl="algorithm.kl_penalty",
+    )
     kl_ctrl: KLControl = field(KLControl, "Coefficient of the KL in the reward.", verl="algorithm.kl_ctrl")
     filter_groups: FilterGroups = field(FilterGroups, "Dynamic sampling.", verl="algorithm.filter_groups")
     overlong_buffer: OverlongBuffer = field(

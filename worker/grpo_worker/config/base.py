@@ -9,6 +9,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 Role = Literal["coordinator", "trainer", "rollout"]
 
+LONGEST_SECONDS = 366 * 24 * 3600  # of any wait or deadline; clocks overflow after some centuries
+LARGEST_COUNT = 2**31 - 1  # tokens, prompts, steps: they travel as int32
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one, and vLLM gives it ours
+
 _UPPER = {"kl": "KL", "gpu": "GPU", "kv": "KV", "gib": "GiB", "fsdp": "FSDP", "uid": "UID"}
 
 
@@ -53,10 +57,12 @@ def field(
         immutable: False for a field that may change on a running job.
         cluster: True for a field that `grpo run` leaves aside.
         map_key: the field by which entries of a list are told apart when several writers apply it.
-        rules: pydantic constraints (ge, gt, le, lt, pattern, min_length, ...).
+        rules: pydantic constraints (ge, gt, le, lt, pattern, min_length, ...); what has a unit is bounded above.
     """
     marks = {"x-verl": verl, "x-unit": unit, "x-mutable": not immutable, "x-cluster": cluster, "x-map-key": map_key}
     extra: dict[str, Any] = {key: value for key, value in marks.items() if value}
+    if unit is not None:
+        rules.setdefault("le", LONGEST_SECONDS if unit == "seconds" else LARGEST_COUNT)
     if isinstance(default, type) and issubclass(default, BaseModel):
         return Field(default_factory=default, description=doc, json_schema_extra=extra or None, **rules)
     if callable(default):  # a fresh list or mapping for each document; the schema shows its value
@@ -64,6 +70,10 @@ def field(
             default_factory=default, description=doc, json_schema_extra={**extra, "default": default()}, **rules
         )
     return Field(default, description=doc, json_schema_extra=extra or None, **rules)
+
+
+# A share of what came before, as an optimizer's moments keep it.
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 # `module:function` or `path/to/file.py:function`.

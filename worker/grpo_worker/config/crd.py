@@ -11,6 +11,7 @@ from typing import Any
 from grpo_worker.config.job import GROUP, KIND, NAME, NAME_LIMIT, VERSION, GRPOJob, Spec
 from grpo_worker.config.pod_template import POD_LABELS_SCHEMA, POD_SPEC_SCHEMA
 from grpo_worker.config.presets import PRESET_PATHS
+from grpo_worker.config.rollout import OWN_ENGINE_ARGS, instead_of_engine_arg
 from grpo_worker.config.rules import RULES
 from grpo_worker.config.status import GRPOJobStatus
 from grpo_worker.config.yaml_text import yaml_text
@@ -22,6 +23,28 @@ _COPIED = (
 _CEL_RESERVED = {"true", "false", "null", "in", "as", "break", "const", "continue", "else", "for", "function", "if", "import", "let",
     "loop", "package", "namespace", "return", "var", "void", "while"}  # fmt: skip
 _IMMUTABLE = "is immutable: create a new job with the change; its checkpoint.resume may name a checkpoint of this one"
+# Mappings that are passed through: what of them the API server has to see to refuse what `grpo validate` refuses.
+_PARTLY_KNOWN: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"runtime\.podTemplate\.\w+\.spec", POD_SPEC_SCHEMA),
+    (r"runtime\.podTemplate\.\w+\.metadata\.labels", POD_LABELS_SCHEMA),
+    (
+        r"rollout\.engineArgs",
+        {
+            "properties": {
+                name: {"type": kind, **({"x-kubernetes-preserve-unknown-fields": True} if kind == "object" else {})}
+                for name, (kind, _) in OWN_ENGINE_ARGS.items()
+            },
+            "x-kubernetes-preserve-unknown-fields": True,
+            "x-kubernetes-validations": [
+                {
+                    "rule": f"!has(self.{name})",
+                    "message": f"{name} is set by the run itself: {instead_of_engine_arg(name)}. Leave it out.",
+                }
+                for name in OWN_ENGINE_ARGS
+            ],
+        },
+    ),
+)
 # An unquoted key `n` reaches the API server as `false`; so that name is declared, to say what to do.
 _QUOTE_N = 'n without quotes is false in kubectl\'s YAML 1.1. Write "n", in quotes.'
 # Name, type, path, priority (1: only with `-o wide`).
@@ -174,10 +197,9 @@ def _object(node: dict[str, Any], path: str, definitions: dict[str, Any], out: d
             out["additionalProperties"] = _structural(values, f"{path}{{}}", definitions)
         else:
             out["x-kubernetes-preserve-unknown-fields"] = True
-        if re.fullmatch(r"runtime\.podTemplate\.\w+\.spec", path):
-            out.update(POD_SPEC_SCHEMA)
-        elif re.fullmatch(r"runtime\.podTemplate\.\w+\.metadata\.labels", path):
-            out.update(POD_LABELS_SCHEMA)
+        for pattern, known in _PARTLY_KNOWN:
+            if re.fullmatch(pattern, path):
+                out.update(known)
         return
     out["properties"], transitions = {}, []
     required = node.get("required", [])

@@ -2,7 +2,10 @@
 
 from typing import Any, Literal
 
-from grpo_worker.config.base import FunctionPath, Section, field
+from grpo_worker.config.base import LARGEST_SEED, FunctionPath, Section, field
+
+Truncation = Literal["error", "left", "right", "middle"]
+ChatTemplate = Literal["auto", "never"]
 
 
 class Data(Section):
@@ -32,17 +35,15 @@ class Data(Section):
     filter_overlong_prompts: bool = field(
         True, "Leave out prompts over the limit (counted in the log).", verl="data.filter_overlong_prompts"
     )
-    truncation: Literal["error", "left", "right", "middle"] = field(
+    truncation: Truncation = field(
         "error",
         "What is done with a prompt over the limit when it is not filtered: stop, or cut that side.",
         verl="data.truncation",
     )
-    chat_template: Literal["auto", "never"] = field(
-        "auto", "auto applies the tokenizer's chat template when it has one."
-    )
+    chat_template: ChatTemplate = field("auto", "auto applies the tokenizer's chat template when it has one.")
     system_prompt: str | None = field(None, "System message put before each prompt (with a chat template).")
     shuffle: bool = field(True, "Shuffle by seed and epoch: row groups, and rows within each.", verl="data.shuffle")
-    seed: int = field(1, "Seed of the shuffle.", verl="data.seed", ge=0)
+    seed: int = field(1, "Seed of the shuffle.", verl="data.seed", ge=0, le=LARGEST_SEED)
 
 
 class Reward(Section):
@@ -62,7 +63,7 @@ class Reward(Section):
         600.0, "For so long a call that raises TryAgain is made again, ever further apart; then the sample has failed.",
         unit="seconds", ge=0,
     )  # fmt: skip
-    workers: int = field(2, "Processes that score.", verl="reward_model.num_workers", unit="processes", ge=1)
+    workers: int = field(2, "Processes that score.", verl="reward_model.num_workers", unit="processes", ge=1, le=1024)
     max_failure_ratio: float = field(
         0.5, "A step in which more than this share of the samples could not be scored stops the job.", ge=0, le=1
     )

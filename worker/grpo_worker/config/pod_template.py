@@ -13,6 +13,23 @@ HOST_NAMESPACES = ("hostNetwork", "hostPID", "hostIPC")
 OWNED = ("restartPolicy", "hostname", "subdomain")  # the operator's restarts and the processes' addresses rest on them
 CONTAINER_LISTS = ("containers", "initContainers")
 OWNED_LABELS = ("grpo.dev/", "app.kubernetes.io/")
+# Variables by which the operator and `grpo run` tell a process what it is, where the others are and which devices it has; and of
+# PYTHONPATH, whose folders come before our own packages.
+OWNED_VARIABLE_PREFIX = "GRPO_"
+OWNED_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "JOB_COMPLETION_INDEX", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PYTHONPATH", "RANK",
+    "VLLM_CPU_KVCACHE_SPACE", "WORLD_SIZE",
+)  # fmt: skip
+
+
+def owns_variable(name: str) -> bool:
+    return name in OWNED_VARIABLES or name.startswith(OWNED_VARIABLE_PREFIX)
+
+
+def no_owned_variable(variable: str) -> str:
+    """CEL: the entry `variable` of a list of environment variables is the job's to set."""
+    names = ", ".join(f"'{name}'" for name in OWNED_VARIABLES)
+    return f"!({variable}.name in [{names}]) && !{variable}.name.startsWith('{OWNED_VARIABLE_PREFIX}')"
 
 
 _NAMED_LIST_LIMIT = 64
@@ -28,7 +45,11 @@ def _list(item: dict[str, Any]) -> dict[str, Any]:
 
 _FLAG, _TEXT = {"type": "boolean"}, {"type": "string"}
 _CONTAINER = _open(
-    {"name": _TEXT, "securityContext": _open({"privileged": _FLAG, "allowPrivilegeEscalation": _FLAG})},
+    {
+        "name": _TEXT,
+        "securityContext": _open({"privileged": _FLAG, "allowPrivilegeEscalation": _FLAG}),
+        "env": {**_list(_open({"name": {"type": "string", "maxLength": 128}}, required=["name"]))},
+    },
     required=["name"],
 )
 _VOLUME = _open(
@@ -66,6 +87,13 @@ POD_SPEC_SCHEMA: dict[str, Any] = {
                 "((!has(c.securityContext.privileged) || !c.securityContext.privileged) && "
                 "(!has(c.securityContext.allowPrivilegeEscalation) || !c.securityContext.allowPrivilegeEscalation)))",
                 "message": f"{kind}: privileged and allowPrivilegeEscalation are refused. Leave them out.",
+            }
+            for kind in CONTAINER_LISTS
+        ),
+        *(
+            {
+                "rule": f"!has(self.{kind}) || self.{kind}.all(c, !has(c.env) || c.env.all(v, {no_owned_variable('v')}))",
+                "message": f"{kind}: env sets a variable that the operator sets. Leave it out.",
             }
             for kind in CONTAINER_LISTS
         ),
@@ -152,6 +180,11 @@ def _forbidden_in_spec(spec: Mapping[str, Any]) -> Iterator[str]:
                     for key in ("privileged", "allowPrivilegeEscalation")
                     if security.get(key)
                 )
+            for place, variable in _items(container, "env"):
+                if not isinstance(variable, Mapping) or not variable.get("name"):
+                    yield f"{path}.env[{place}] (has no name)"
+                elif owns_variable(str(variable["name"])):
+                    yield f"{path}.env[{place}] ({variable['name']})"
     if "ephemeralContainers" in spec:
         yield "spec.ephemeralContainers"
 

@@ -5,6 +5,7 @@ Invariant: each field of the document has one row, with its type, default, range
 
 from typing import Any
 
+from grpo_worker.config.base import LARGEST_COUNT, LONGEST_SECONDS
 from grpo_worker.config.job import Spec
 from grpo_worker.config.presets import PRESETS
 from grpo_worker.config.rules import RULES
@@ -17,7 +18,7 @@ A `GRPOJob` is `apiVersion: grpo.dev/v1alpha1`, `kind: GRPOJob`, `metadata.name`
 Paths of functions are `module:function` or `path/to/file.py:function`. `grpo run` leaves aside what is only for a cluster, and says so.
 In a file for kubectl, write `"n"` in quotes: kubectl reads YAML 1.1, where a plain `n` is false.
 
-A field of a job that exists cannot change, but for those that say so.
+A field of a job that exists cannot change, but for those that say so. Times end at a year, and counts at 2147483647, where no range says less.
 """
 
 
@@ -113,7 +114,7 @@ def _range(node: dict[str, Any]) -> str:
     parts = [
         f"{sign} {_yaml(node[key])}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-        if key in node
+        if key in node and node[key] not in (LARGEST_COUNT, LONGEST_SECONDS)
     ]
     return ", ".join(parts)
 

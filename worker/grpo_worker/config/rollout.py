@@ -2,7 +2,37 @@
 
 from typing import Any, Literal
 
-from grpo_worker.config.base import FunctionPath, Section, field
+from grpo_worker.config.base import LARGEST_SEED, FunctionPath, Section, field
+
+# vLLM lifts a lower temperature to this one, and the trainer would divide by another.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
+MOST_SAMPLES = 4096
+
+# Engine arguments that the run sets itself: their type in vLLM, and the field to use instead ("" where there is none).
+OWN_ENGINE_ARGS: dict[str, tuple[str, str]] = {
+    "model": ("string", "model.path"),
+    "dtype": ("string", "rollout.dtype"),
+    "seed": ("integer", "rollout.seed"),
+    "max_model_len": ("integer", "rollout.maxModelLen"),
+    "max_num_seqs": ("integer", "rollout.maxNumSeqs"),
+    "max_num_batched_tokens": ("integer", "rollout.maxNumBatchedTokens"),
+    "gpu_memory_utilization": ("number", "rollout.gpuMemoryUtilization"),
+    "enforce_eager": ("boolean", "rollout.enforceEager"),
+    "enable_prefix_caching": ("boolean", "rollout.enablePrefixCaching"),
+    "tensor_parallel_size": ("integer", "rollout.tensorParallelSize"),
+    "pipeline_parallel_size": ("integer", "rollout.tensorParallelSize"),
+    "data_parallel_size": ("integer", "rollout.replicas"),
+    "logprobs_mode": ("string", ""),
+    "skip_tokenizer_init": ("boolean", ""),
+    "weight_transfer_config": ("object", ""),
+    "worker_extension_cls": ("string", ""),
+}
+
+
+def instead_of_engine_arg(name: str) -> str:
+    """What to do without one of OWN_ENGINE_ARGS."""
+    field_name = OWN_ENGINE_ARGS[name][1]
+    return f"use {field_name}" if field_name else "the run depends on its own"
 
 
 class ValidationSampling(Section):
@@ -14,8 +44,15 @@ class ValidationSampling(Section):
         verl="rollout.val_kwargs.n",
         unit="samples",
         ge=1,
+        le=MOST_SAMPLES,
     )
-    temperature: float = field(1.0, "Temperature of the sampled answers.", verl="rollout.val_kwargs.temperature", gt=0)
+    temperature: float = field(
+        1.0,
+        "Temperature of the sampled answers.",
+        verl="rollout.val_kwargs.temperature",
+        ge=LOWEST_TEMPERATURE,
+        le=HIGHEST_TEMPERATURE,
+    )
     top_p: float = field(1.0, "Nucleus of the sampled answers.", verl="rollout.val_kwargs.top_p", gt=0, le=1)
     max_prompts: int | None = field(None, "Only the first so many validation prompts.", unit="prompts", ge=1)
 
@@ -23,14 +60,15 @@ class ValidationSampling(Section):
 class Rollout(Section):
     """Generation."""
 
-    n: int = field(5, "Samples a prompt.", verl="rollout.n", unit="samples", ge=1)
+    n: int = field(5, "Samples a prompt.", verl="rollout.n", unit="samples", ge=1, le=MOST_SAMPLES)
     temperature: float = field(
-        1.0, "Sampling temperature; the trainer divides its logits by it.", verl="rollout.temperature", gt=0
-    )
+        1.0, "Sampling temperature; the trainer divides its logits by it.", verl="rollout.temperature",
+        ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE,
+    )  # fmt: skip
     top_p: float = field(1.0, "Nucleus.", verl="rollout.top_p", gt=0, le=1)
     top_k: int = field(-1, "Largest rank that is sampled; -1 is all.", verl="rollout.top_k", ge=-1)
     replicas: int = field(
-        1, "Engines; `kubectl scale` changes them on a running job.", unit="engines", ge=1, immutable=False
+        1, "Engines; `kubectl scale` changes them on a running job.", unit="engines", ge=1, le=1000, immutable=False
     )
     min_replicas: int | None = field(
         None,
@@ -44,14 +82,14 @@ class Rollout(Section):
         unit="engines", ge=1, immutable=False, cluster=True,
     )  # fmt: skip
     tensor_parallel_size: int = field(
-        1, "GPUs of one engine.", verl="rollout.tensor_model_parallel_size", unit="GPUs", ge=1
+        1, "GPUs of one engine.", verl="rollout.tensor_model_parallel_size", unit="GPUs", ge=1, le=128
     )
     gpu_memory_utilization: float = field(
         0.6, "Share of the GPU's memory that the engine takes.", verl="rollout.gpu_memory_utilization", gt=0, lt=1
     )
     max_staleness: int = field(
         0, "Policy versions that a sample may lag behind the update that trains on it. 0: generate, then train; 1 and more overlap them.",
-        verl="async_training.staleness_threshold", unit="versions", ge=0,
+        verl="async_training.staleness_threshold", unit="versions", ge=0, le=1000,
     )  # fmt: skip
     log_prob_micro_batch_size_per_gpu: int | None = field(
         None, "Sequences a forward pass when old log-probs are computed; in place of the token budget.",
@@ -82,11 +120,18 @@ class Rollout(Section):
         "With maxStaleness of 1 and more, requests that run while weights are swapped go on with the KV cache that the old weights made; "
         "false computes it again with the new ones.",
     )
-    cpu_kv_cache_gib: int = field(1, "KV cache of an engine on CPU.", unit="GiB", ge=1)
+    cpu_kv_cache_gib: int = field(1, "KV cache of an engine on CPU.", unit="GiB", ge=1, le=65536)
+    max_model_len: int | None = field(
+        None,
+        "Tokens of a sequence that an engine holds, for agents of several turns; default maxPromptLength and maxResponseLength together.",
+        verl="rollout.max_model_len",
+        unit="tokens",
+        ge=1,
+    )
     engine_args: dict[str, Any] = field(
         dict, "Further vLLM engine arguments, passed through.", verl="rollout.engine_kwargs.vllm"
     )
-    seed: int = field(1, "Seed of the sampling.", verl="rollout.seed", ge=0)
+    seed: int = field(1, "Seed of the sampling.", verl="rollout.seed", ge=0, le=LARGEST_SEED)
     seed_per_request: bool = field(
         True,
         "Each sample has its own generator, so results do not depend on batching; false is faster on GPU and not reproducible.",
@@ -98,6 +143,7 @@ class Rollout(Section):
         3,
         "Times that an engine fails on a prompt, or that it is late alone, before it has failed; lost engines do not count.",
         ge=1,
+        le=1000,
     )
     agent: FunctionPath | None = field(
         None,
@@ -116,5 +162,5 @@ class Rollout(Section):
         return self.max_staleness == 0 or not self.keep_kv_cache
 
     def context_tokens(self, prompt_tokens: int, response_tokens: int) -> int:
-        """Tokens that an engine holds of one sequence: what engineArgs says, else the longest prompt and response."""
-        return int(self.engine_args.get("max_model_len") or prompt_tokens + response_tokens)
+        """Tokens that an engine holds of one sequence."""
+        return self.max_model_len or prompt_tokens + response_tokens

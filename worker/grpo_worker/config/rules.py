@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_worker.config.job import Spec
-from grpo_worker.config.pod_template import forbidden_pod_settings
+from grpo_worker.config.pod_template import (
+    OWNED_VARIABLE_PREFIX,
+    forbidden_pod_settings,
+    no_owned_variable,
+    owns_variable,
+)
+from grpo_worker.config.rollout import OWN_ENGINE_ARGS, instead_of_engine_arg
 from grpo_worker.config.runtime import (
     RESERVED_MOUNT_PATHS,
     RESERVED_VOLUME_NAMES,
@@ -52,6 +58,25 @@ def _unclear_variables(spec: Spec) -> list[str]:
         return variable.value is None and (source.secret_key_ref is None) != (source.config_map_key_ref is None)
 
     return [variable.name for variable in spec.runtime.env if not sound(variable)]
+
+
+def _engine_args(spec: Spec) -> list[str]:
+    return [f"{name}: {instead_of_engine_arg(name)}" for name in spec.rollout.engine_args if name in OWN_ENGINE_ARGS]
+
+
+def _trainer_ports(spec: Spec) -> list[int]:
+    network = spec.network
+    ports = (network.trainer_port, network.weight_sync_port, network.rendezvous_port)
+    return [port for port, count in Counter(ports).items() if port and count > 1]
+
+
+def _ratio_bounds(spec: Spec) -> bool:
+    """Whether the k1 criteria, whose thresholds are ratios, have room between their bounds."""
+    correction = spec.algorithm.rollout_correction
+    if not any(criterion.endswith("k1") for criterion in correction.rollout_rs):
+        return correction.rollout_rs_lower_threshold is None
+    lower = correction.rollout_rs_lower_threshold or 1 / correction.rollout_rs_threshold
+    return lower < correction.rollout_rs_threshold
 
 
 def _unclear_sources(spec: Spec) -> list[int]:
@@ -182,12 +207,57 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.algorithm.rollout_correction.rollout_is_lower_threshold,
     ),
     Rule(
+        "algorithm.rolloutCorrection.rolloutRsLowerThreshold",
+        _ratio_bounds,
+        "self.algorithm.rolloutCorrection.rolloutRs.exists(c, c.endsWith('k1')) ? "
+        "(has(self.algorithm.rolloutCorrection.rolloutRsLowerThreshold) ? self.algorithm.rolloutCorrection.rolloutRsLowerThreshold "
+        ": 1.0 / self.algorithm.rolloutCorrection.rolloutRsThreshold) < self.algorithm.rolloutCorrection.rolloutRsThreshold "
+        ": !has(self.algorithm.rolloutCorrection.rolloutRsLowerThreshold)",
+        "(default 1 / rolloutRsThreshold) bounds the k1 criteria of rolloutRs from below, so it needs one of them and has to be less "
+        "than rolloutRsThreshold",
+        "Choose lower < rolloutRsThreshold, e.g. 0.5 and 2.0, or leave it out.",
+        lambda s: s.algorithm.rollout_correction.rollout_rs_lower_threshold,
+    ),
+    Rule(
+        "algorithm.filterGroups.enable",
+        lambda s: s.rollout.n >= 2 or not s.algorithm.filter_groups.enable,
+        "self.rollout.n >= 2 || !(has(self.algorithm.filterGroups.enable) ? self.algorithm.filterGroups.enable : "
+        "has(self.algorithm.preset) && self.algorithm.preset == 'DAPO')",
+        "would filter every group: a single sample never differs from its group",
+        "Set rollout.n to 2 or more, or algorithm.filterGroups.enable to false.",
+        lambda s: s.algorithm.filter_groups.enable,
+    ),
+    Rule(
         "rollout.topK",
         lambda s: s.rollout.top_k != 0,
         "self.rollout.topK != 0",
         "0 would leave no token to sample",
         "Set -1 for all tokens, or 1 and more.",
         lambda s: s.rollout.top_k,
+    ),
+    Rule(
+        "rollout.engineArgs",
+        lambda s: not _engine_args(s),
+        "",
+        "sets what the run sets itself",
+        "Leave it out.",
+        _engine_args,
+    ),
+    Rule(
+        "rollout.maxModelLen",
+        lambda s: (s.rollout.max_model_len or 2**31) >= s.data.max_prompt_length + s.data.max_response_length,
+        "!has(self.rollout.maxModelLen) || self.rollout.maxModelLen >= self.data.maxPromptLength + self.data.maxResponseLength",
+        "does not hold data.maxPromptLength and data.maxResponseLength together",
+        "Raise it, or leave it out.",
+        lambda s: s.rollout.max_model_len,
+    ),
+    Rule(
+        "rollout.maxNumBatchedTokens",
+        lambda s: (s.rollout.max_num_batched_tokens or 2**31) >= s.rollout.max_num_seqs,
+        "!has(self.rollout.maxNumBatchedTokens) || self.rollout.maxNumBatchedTokens >= self.rollout.maxNumSeqs",
+        "is less than rollout.maxNumSeqs: an engine step makes a token for each sequence",
+        "Raise it, or lower rollout.maxNumSeqs.",
+        lambda s: s.rollout.max_num_batched_tokens,
     ),
     Rule(
         "actor.ppoMicroBatchSizePerGPU",
@@ -220,6 +290,31 @@ RULES: tuple[Rule, ...] = (
         "is less than three heartbeats, so one late packet would lose a process",
         "Raise it to three times network.heartbeatSeconds or more.",
         lambda s: s.network.member_timeout_seconds,
+    ),
+    Rule(
+        "network.trainerPort",
+        lambda s: not _trainer_ports(s),
+        "[[self.network.trainerPort, self.network.weightSyncPort], [self.network.weightSyncPort, self.network.rendezvousPort], "
+        "[self.network.rendezvousPort, self.network.trainerPort]].all(pair, pair[0] == 0 || pair[0] != pair[1])",
+        "is one of weightSyncPort and rendezvousPort, or these are the same: they are servers of one process",
+        "Choose three ports, or 0.",
+        _trainer_ports,
+    ),
+    Rule(
+        "network.rolloutPort",
+        lambda s: not s.network.rollout_port or s.network.rollout_port + s.rollout.replicas <= 65536,
+        "self.network.rolloutPort == 0 || self.network.rolloutPort + self.rollout.replicas <= 65536",
+        "leaves no port for the last of rollout.replicas: replica i takes this port + i under `grpo run`",
+        "Lower it, or set 0.",
+        lambda s: s.network.rollout_port,
+    ),
+    Rule(
+        "trainer.loggers",
+        lambda s: not _repeated(s.trainer.loggers),
+        "self.trainer.loggers.all(l, self.trainer.loggers.exists_one(m, m == l))",
+        "names a logger twice, so each line would be written twice",
+        "Name each once.",
+        lambda s: _repeated(s.trainer.loggers),
     ),
     Rule(
         "rollout.maxReplicas",
@@ -262,6 +357,16 @@ RULES: tuple[Rule, ...] = (
         "sets a variable twice",
         "Keep one entry of each name.",
         lambda s: _repeated(variable.name for variable in s.runtime.env),
+    ),
+    Rule(
+        "runtime.env",
+        lambda s: not any(owns_variable(variable.name) for variable in s.runtime.env),
+        f"self.runtime.env.all(v, {no_owned_variable('v')})",
+        "sets a variable that `grpo run` and the operator set for each process",
+        f"Leave it out: {OWNED_VARIABLE_PREFIX}* and ranks are theirs; MASTER_PORT is network.rendezvousPort; devices follow from "
+        "trainer.gpusPerNode, rollout.tensorParallelSize and runtime.device; VLLM_CPU_KVCACHE_SPACE is rollout.cpuKVCacheGiB; for "
+        "PYTHONPATH, name functions by path/to/file.py:function, whose folder is searched.",
+        lambda s: [variable.name for variable in s.runtime.env if owns_variable(variable.name)],
     ),
     Rule(
         "runtime.envFrom",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grpo_worker.config.base import Role, Section, field
+from grpo_worker.config.base import LARGEST_SEED, Role, Section, field
 
 ExitCode = Annotated[int, Field(ge=1, le=255)]
 Word = Annotated[str, Field(min_length=1, max_length=128)]
@@ -14,9 +14,13 @@ class Trainer(Section):
     """Ranks, length and logging of the run."""
 
     gpus_per_node: int = field(
-        1, "Trainer processes of a node, one GPU each (on CPU: processes).", verl="trainer.n_gpus_per_node", ge=1
+        1,
+        "Trainer processes of a node, one GPU each (on CPU: processes).",
+        verl="trainer.n_gpus_per_node",
+        ge=1,
+        le=128,
     )
-    nodes: int = field(1, "Trainer nodes.", verl="trainer.nnodes", ge=1)
+    nodes: int = field(1, "Trainer nodes.", verl="trainer.nnodes", ge=1, le=1000)
     total_epochs: int = field(15, "Passes over the training prompts.", verl="trainer.total_epochs", unit="epochs", ge=1)
     total_steps: int | None = field(
         None,
@@ -30,7 +34,7 @@ class Trainer(Section):
     )
     val_before_train: bool = field(True, "Validate the starting model.", verl="trainer.val_before_train")
     loggers: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = field(
-        lambda: ["console", "jsonl"], "Where metrics go.", verl="trainer.logger"
+        lambda: ["console", "jsonl"], "Where metrics go.", verl="trainer.logger", max_length=4
     )
     project_name: str = field("grpo", "Project in wandb.", verl="trainer.project_name", min_length=1)
     experiment_name: str | None = field(
@@ -46,7 +50,7 @@ class Trainer(Section):
         unit="completions",
         ge=0,
     )
-    seed: int = field(1, "Seed of the trainer.", ge=0)
+    seed: int = field(1, "Seed of the trainer.", ge=0, le=LARGEST_SEED)
     process_group_timeout_seconds: float = field(600.0, "Limit of one collective between ranks.", unit="seconds", gt=0)
 
 
@@ -102,9 +106,11 @@ class FailureRule(Section):
 class FailurePolicy(Section):
     """What a supervisor does when a process dies."""
 
-    max_restarts: int = field(3, "Restarts of a role without progress between them before the job fails.", ge=0)
+    max_restarts: int = field(
+        3, "Restarts of a role without progress between them before the job fails.", ge=0, le=1000
+    )
     backoff_seconds: float = field(
-        2.0, "Wait before the first restart; doubles with each, up to 60.", unit="seconds", ge=0
+        2.0, "Wait before the first restart; doubles with each, up to 60.", unit="seconds", ge=0, le=60
     )
     stall_timeout_seconds: float = field(
         3600.0, "A job without a finished step for so long is restarted.", unit="seconds", gt=0
@@ -128,7 +134,7 @@ class RDMA(Section):
         max_length=253,
         pattern=r"^[A-Za-z0-9.-]+/[A-Za-z0-9_.-]+$",
     )
-    count: int = field(1, "Devices of each pod.", unit="devices", ge=1)
+    count: int = field(1, "Devices of each pod.", unit="devices", ge=1, le=128)
 
 
 class Network(Section):
@@ -143,7 +149,7 @@ class Network(Section):
     rendezvous_port: int = field(
         0, "Port of the trainer ranks' rendezvous, on node 0.", verl="MASTER_PORT", ge=0, le=65535
     )
-    heartbeat_seconds: float = field(1.0, "Time between two heartbeats of a process.", unit="seconds", gt=0)
+    heartbeat_seconds: float = field(1.0, "Time between two heartbeats of a process.", unit="seconds", ge=0.01)
     member_timeout_seconds: float = field(
         30.0, "A process without a heartbeat for so long is lost.", unit="seconds", gt=0
     )

@@ -114,7 +114,11 @@ class Runtime(Section):
         verl="trainer.device",
     )
     cpu_threads: int | None = field(
-        None, "Threads of each process on CPU; default the machine's cores over its processes.", unit="threads", ge=1
+        None,
+        "Threads of each process on CPU; default the machine's cores over its processes.",
+        unit="threads",
+        ge=1,
+        le=4096,
     )
     env: list[EnvVar] = field(
         list, "Environment of every process of the job.", verl="ray_kwargs.ray_init.runtime_env", max_length=128

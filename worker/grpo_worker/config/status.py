@@ -69,7 +69,7 @@ class Progress(Part):
     accuracy: float | None = field(None, "pass@1 of the last validation.")
     policy_version: int | None = field(None, "Version of the trainer's weights.", ge=0)
     rollout_version: int | None = field(None, "Lowest version in service among the engines.", ge=0)
-    eta_seconds: float | None = field(None, "Estimated time to the end.", unit="seconds", ge=0)
+    eta_seconds: float | None = field(None, "Estimated time to the end.", unit="seconds", ge=0, le=None)
     tokens_per_second: float | None = field(None, "Throughput of the last step.", unit="tokens", ge=0)
     last_progress_time: Time | None = field(None, "When the last step finished.")
     report_time: Time | None = field(None, "When the coordinator reported this.")
@@ -172,7 +172,11 @@ class GRPOJobStatus(Part):
         None, "When the coordinator was asked to save and stop (suspend, deadline)."
     )
     suspended_seconds: float | None = field(
-        None, "Time spent suspended since startTime; activeDeadlineSeconds leaves it out.", unit="seconds", ge=0
+        None,
+        "Time spent suspended since startTime; activeDeadlineSeconds leaves it out.",
+        unit="seconds",
+        ge=0,
+        le=None,
     )
 
     def document(self) -> dict[str, Any]:

@@ -191,6 +191,7 @@ def _estimate(estimator: AdvantageEstimator, inputs: AdvantageInputs, name: str)
 def _correct(experience: Experience, old: Tensor, mask: Tensor, options: RolloutCorrection) -> CorrectionResult:
     """Weights of the mismatch. In bypass mode old and rollout log-probs are the same numbers: every weight is 1."""
     low, high = options.rollout_is_lower_threshold, options.rollout_is_threshold
+    lower = options.rollout_rs_lower_threshold
     return rollout_weights(
         old,
         experience.rollout_log_probs,
@@ -200,7 +201,10 @@ def _correct(experience: Experience, old: Tensor, mask: Tensor, options: Rollout
         level=options.rollout_is,
         threshold=high if low is None else (low, high),
         batch_normalize=options.rollout_is_batch_normalize,
-        rejections=[Rejection(kind, options.rollout_rs_threshold) for kind in options.rollout_rs],
+        rejections=[
+            Rejection(kind, options.rollout_rs_threshold, lower if kind.endswith("k1") else None)
+            for kind in options.rollout_rs
+        ],
     )
 
 

@@ -6,15 +6,13 @@ is dropped (filtered as over-long) or is a DataError that names its row.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from grpo_worker.config.data import ChatTemplate, Truncation
 from grpo_worker.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Truncation = Literal["error", "left", "right", "middle"]
-ChatTemplate = Literal["auto", "never"]
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,17 @@ class EngineOptions:
 
 
 def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> dict[str, Any]:
-    """What vLLM's engine is made with: ours, then the person's `rollout.engineArgs`."""
+    """What vLLM's engine is made with: `rollout.engineArgs`, but for what the run sets itself (`config.rollout.OWN_ENGINE_ARGS`)."""
     rollout = options.rollout
     dtype = ("bfloat16" if on_gpu else "float32") if rollout.dtype == "auto" else rollout.dtype
-    arguments: dict[str, Any] = {
+    own: dict[str, Any] = {
         "model": str(directory),
         "dtype": dtype,
         "tensor_parallel_size": rollout.tensor_parallel_size,
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "max_model_len": options.max_model_len,
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": not on_gpu if rollout.enforce_eager is None else rollout.enforce_eager,
         "enable_prefix_caching": rollout.enable_prefix_caching,
@@ -46,13 +49,13 @@ def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> d
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from: after temperature, top-p and top-k
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": WORKER_EXTENSION,
-        "use_tqdm_on_load": False,
     }
     if rollout.max_num_batched_tokens is not None:
-        arguments["max_num_batched_tokens"] = rollout.max_num_batched_tokens
+        own["max_num_batched_tokens"] = rollout.max_num_batched_tokens
+    usual: dict[str, Any] = {"use_tqdm_on_load": False}
     if not on_gpu:
-        arguments["block_size"] = 32  # vLLM's 128 on CPU never shares a short prompt
-    return {**arguments, **rollout.engine_args, "max_model_len": options.max_model_len}
+        usual["block_size"] = 32  # vLLM's 128 on CPU never shares a short prompt
+    return usual | rollout.engine_args | own
 
 
 _MEMORY = re.compile(
