@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_worker.config import GRPOJob, job_from_document, load_job, parse_yaml, resolved_document
+from grpo_worker.config import (
+    GRPOJob,
+    InvalidJob,
+    job_from_document,
+    load_job,
+    load_written,
+    parse_yaml,
+    resolved_document,
+    written_document,
+)
 from grpo_worker.config.presets import PRESETS
 from grpo_worker.errors import UsageError
 
@@ -163,6 +172,38 @@ def test_values_that_a_function_gets_survive_resolving_nulls_included() -> None:
 def assert_round_trip(job: GRPOJob) -> None:
     text = yaml.safe_dump(resolved_document(job), sort_keys=False)
     assert job_from_document(parse_yaml(text, "resolved")) == job
+
+
+SECRETS = {
+    "env": [{"name": "A", "value": "sesame-1"}, {"name": "B", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+    "podTemplate": {
+        "trainer": {"spec": {"containers": [{"name": "worker", "env": [{"name": "C", "value": "sesame-2"}]}], "initContainers": None}}
+    },
+}  # fmt: skip
+
+
+def test_a_document_that_is_written_holds_names_of_variables_and_no_values(tmp_path: Path) -> None:
+    job = job_from_document(document(runtime=SECRETS))
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(written_document(job)))
+    assert "sesame" not in file.read_text()
+    assert "name: A" in file.read_text() and "name: C" in file.read_text()
+    written = load_written(file)
+    assert [(v.name, v.value, v.value_from is None) for v in written.spec.runtime.env] == [
+        ("A", "", True),
+        ("B", None, False),
+    ]
+    assert written.spec.model_copy(update={"runtime": None}) == job.spec.model_copy(update={"runtime": None})
+    assert written_document(written) == written_document(job)
+    with pytest.raises(InvalidJob, match=r"runtime\.env = \['A'\]"):  # it is not run anew without its values
+        load_job(file)
+
+
+def test_a_wrong_value_of_a_variable_is_not_repeated() -> None:
+    with pytest.raises(InvalidJob) as caught:
+        job_from_document(document(runtime={"env": [{"name": "PIN", "value": 4711}]}))
+    assert "spec.runtime.env[0].value: input should be a valid string" in str(caught.value)
+    assert "4711" not in str(caught.value)
 
 
 def test_the_resolved_document_of_a_preset_stands_without_it() -> None:

@@ -170,6 +170,21 @@ def test_children_get_what_they_need_and_the_document_with_every_value(run: Run)
     assert (run.directory.logs / "rollout-0.log").read_text() == "rollout-0 runs as rollout\n"
 
 
+def test_secrets_reach_the_children_and_no_file_of_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROM_SHELL", "sesame-2")
+    reference = {"secretKeyRef": {"name": "s", "key": "k"}}
+    env = [{"name": "IN_DOCUMENT", "value": "sesame-1"}, {"name": "FROM_SHELL", "valueFrom": reference}]
+    run.finish()
+    run.go(job(runtime={"env": env}))
+    (start,) = run.starts("trainer-0")
+    assert (start["environment"]["IN_DOCUMENT"], start["environment"]["FROM_SHELL"]) == ("sesame-1", "sesame-2")
+    record = run.root / "starts.jsonl"  # this test's own
+    written = [path for path in run.root.rglob("*") if path.is_file() and path != record]
+    assert run.directory.job in written and "IN_DOCUMENT" in run.directory.job.read_text()
+    assert [path for path in written if b"sesame" in path.read_bytes()] == []
+    assert "LeftAside" not in run.view.reasons()
+
+
 def test_what_only_a_cluster_uses_is_left_aside_in_one_line(run: Run) -> None:
     run.finish()
     run.go(job(runtime={"workspace": {"claimName": "a"}}, scheduling={"nodeSelector": {"a": "b"}}))

@@ -37,7 +37,16 @@ def test_the_document_wins_over_defaults(
     assert document_variables(spec(**sections), inherited) == expected
 
 
-def test_a_value_that_a_cluster_holds_is_refused_by_its_name() -> None:
-    env = [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}]
-    with pytest.raises(UsageError, match=r"runtime\.env: HF_TOKEN: valueFrom .* export it in the shell"):
-        document_variables(spec(runtime={"env": env}), {})
+SECRET = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}
+SETTING = {"name": "PROXY", "valueFrom": {"configMapKeyRef": {"name": "site", "key": "proxy"}}}
+
+
+def test_what_a_cluster_holds_is_the_inherited_variable_of_the_same_name() -> None:
+    inherited = {"HF_TOKEN": "hf_1", "PROXY": "", "NCCL_DEBUG": "WARN"}
+    assert document_variables(spec(runtime={"env": [SECRET, SETTING]}), inherited) == {}
+
+
+def test_what_a_cluster_holds_and_the_shell_does_not_is_refused_by_its_name() -> None:
+    with pytest.raises(UsageError, match=r"runtime\.env: HF_TOKEN, PROXY: valueFrom .* export HF_TOKEN=") as caught:
+        document_variables(spec(runtime={"env": [SECRET, SETTING]}), {"TOKEN": "hf_1"})
+    assert "hf_1" not in str(caught.value)

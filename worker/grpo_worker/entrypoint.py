@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_worker.config import GRPOJob, load_job
+from grpo_worker.config import GRPOJob, load_written
 from grpo_worker.environment import PARENT_PID, REPLICA_INDEX, TERMINATION_LOG
 from grpo_worker.errors import ExitCode, GRPOError
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(role: str, job_file: str) -> int:
     """Run one role to its end and return the exit code."""
     try:
-        code, context = _run_role(role, load_job(job_file))
+        code, context = _run_role(role, load_written(job_file))
     except GRPOError as error:
         print(f"{role}: {error.reason}: {error}", file=sys.stderr, flush=True)
         _last_word(error.reason, str(error), error.context)

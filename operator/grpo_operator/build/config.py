@@ -1,7 +1,8 @@
 """The document that a job's pods read, in an immutable ConfigMap whose name carries the document's hash.
 
-Invariant: a pod never sees its document change. What a running job may change and no process reads is left out, so such a change makes
-no new ConfigMap; any other change makes one, and pods keep the one that they were made with.
+Invariant: a pod never sees its document change, and no value of an environment variable is in it. What a running job may change and no
+process reads is left out, so such a change makes no new ConfigMap; any other change makes one, and pods keep the one that they were made
+with.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from grpo_operator.build.metadata import object_meta
 from grpo_operator.build.ports import ports_of
 from grpo_operator.facts import Job
 from grpo_worker.config.job import API_VERSION, KIND
+from grpo_worker.config.load import written_spec
 from grpo_worker.config.yaml_text import yaml_text
 
 FILE = "job.yaml"
@@ -25,7 +27,7 @@ LEFT_OUT = {"": ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished"),
 
 def document(job: Job) -> dict[str, Any]:
     """The job with its preset resolved, every default written out and the ports of its pods."""
-    spec = spec_of(job).model_dump(by_alias=True, mode="json", exclude_none=True)
+    spec = written_spec(spec_of(job))
     for section, names in LEFT_OUT.items():
         for name in names:
             (spec[section] if section else spec).pop(name, None)

@@ -1,11 +1,12 @@
 """What all pods of a job share: its document, names, token, borders and budget."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from build_jobs import SETTINGS, TOKEN, job_of, shared_of
+from build_jobs import SETTINGS, TOKEN, job_of, pod_of, shared_of
 
 from grpo_operator import build
 from grpo_operator.settings import Settings
@@ -43,6 +44,15 @@ def test_the_pods_read_the_document_with_its_preset_resolved_and_its_ports(tmp_p
     assert config["metadata"]["name"] == build.config_map_name(
         job_of({"algorithm": {"preset": "DAPO"}, "network": {"trainerPort": 9000}})
     )
+
+
+def test_no_value_of_a_variable_is_in_a_shared_object() -> None:
+    template = {"all": {"spec": {"containers": [{"name": "worker", "env": [{"name": "B", "value": "sesame-2"}]}]}}}
+    spec = {"runtime": {"env": [{"name": "A", "value": "sesame-1"}], "podTemplate": template}}
+    assert "name: A" in shared_of("ConfigMap", spec)["data"]["job.yaml"]
+    assert "sesame" not in json.dumps(build.shared(job_of(spec), SETTINGS, TOKEN))
+    pod = json.dumps(pod_of(spec))
+    assert "sesame-1" in pod and "sesame-2" in pod
 
 
 @pytest.mark.parametrize(

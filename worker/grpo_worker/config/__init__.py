@@ -5,7 +5,16 @@ and `grpo validate` need no more than this.
 """
 
 from grpo_worker.config.job import GRPOJob, Metadata, Spec
-from grpo_worker.config.load import InvalidJob, Issue, job_from_document, load_job, parse_yaml, resolved_document
+from grpo_worker.config.load import (
+    InvalidJob,
+    Issue,
+    job_from_document,
+    load_job,
+    load_written,
+    parse_yaml,
+    resolved_document,
+    written_document,
+)
 
 __all__ = [
     "GRPOJob",
@@ -15,6 +24,8 @@ __all__ = [
     "Spec",
     "job_from_document",
     "load_job",
+    "load_written",
     "parse_yaml",
     "resolved_document",
+    "written_document",
 ]

@@ -157,6 +157,10 @@ def _structural(
     for bound, flag in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if bound in node:
             out[flag], out[bound] = node[bound], True
+    if kind == "number" and not float(out.get("minimum", 0)).is_integer():
+        # The API server cuts a bound to a whole number before it compares it with one: 0 would pass 0.01.
+        rule = {"rule": f"self >= {out['minimum']}", "message": f"should be greater than or equal to {out['minimum']}"}
+        out["x-kubernetes-validations"] = [rule]
     if node.get("default") is not None and path not in PRESET_PATHS:
         out["default"] = node["default"]
     if kind == "array":

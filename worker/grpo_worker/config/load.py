@@ -5,6 +5,7 @@ contradiction are each reported with path, value, rule and remedy.
 """
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from grpo_worker.config.job import GRPOJob
+from grpo_worker.config.job import GRPOJob, Spec
+from grpo_worker.config.pod_template import CONTAINER_LISTS
 from grpo_worker.config.presets import apply_preset
 from grpo_worker.config.rules import RULES
 from grpo_worker.config.yaml_text import EXPONENT
@@ -87,18 +89,20 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> GRPOJob:
     Raises:
         UsageError: no such file, not YAML, a bad override. InvalidJob: errors in the document.
     """
-    file = Path(path)
+    document = parse_yaml(_text_of(Path(path)), str(path))
+    for override in overrides if isinstance(document, dict) else ():
+        apply_override(document, override)
+    return job_from_document(document, str(path))
+
+
+def _text_of(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.y*ml")], n=3)
         raise UsageError(f"{file}: no such file." + (f" Did you mean {', '.join(near)}?" if near else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from error
-    document = parse_yaml(text, str(file))
-    for override in overrides if isinstance(document, dict) else ():
-        apply_override(document, override)
-    return job_from_document(document, str(file))
 
 
 def job_from_document(document: Any, source: str = "GRPOJob") -> GRPOJob:
@@ -144,6 +148,39 @@ def apply_override(document: Any, override: str) -> None:
     node[keys[-1]] = parse_yaml(text, f"--set {path}")
 
 
+def written_document(job: GRPOJob) -> dict[str, Any]:
+    """The resolved document as files of a run hold it: see `written_spec`."""
+    return {**resolved_document(job), "spec": written_spec(job.spec)}
+
+
+def written_spec(spec: Spec) -> dict[str, Any]:
+    """The resolved spec as job.yaml, a ConfigMap and wandb hold it: environment variables by their names alone.
+
+    A value may be a secret, and a process has it in its environment already.
+    """
+    document = spec.model_dump(by_alias=True, mode="json", exclude_none=True)
+    runtime = document["runtime"]
+    lists = [runtime["env"]]
+    for template in runtime["podTemplate"].values():
+        for kind in CONTAINER_LISTS:
+            lists += [container.get("env") or [] for container in template["spec"].get(kind) or []]
+    for variable in itertools.chain.from_iterable(lists):
+        variable.pop("value", None)
+    return document
+
+
+def load_written(path: str | Path) -> GRPOJob:
+    """A document that `written_spec` is part of, for a process that has its environment: values are empty. Raises as `load_job`."""
+    document = parse_yaml(_text_of(Path(path)), str(path))
+    try:
+        for variable in document["spec"]["runtime"]["env"]:
+            if "valueFrom" not in variable:
+                variable["value"] = ""
+    except (TypeError, KeyError):
+        pass  # a person's document, which may leave anything out or be wrong
+    return job_from_document(document, str(path))
+
+
 _REMEDIES = {
     "missing": "Add it.",
     "bool_type": "Write true or false.",
@@ -161,6 +198,8 @@ def _issue(detail: Mapping[str, Any]) -> Issue:
     kind, location = detail["type"], [str(part) for part in detail["loc"]]
     path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in location).removeprefix(".")
     value = None if isinstance(detail.get("input"), Mapping) or kind == "missing" else detail.get("input")
+    if location[:3] == ["spec", "runtime", "env"] and location[-1] == "value":
+        value = None  # may be a secret
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=3, cutoff=0.5)

@@ -38,16 +38,18 @@ class KeyRef(Section):
 class EnvVarSource(Section):
     """Where a variable's value comes from: exactly one of the two."""
 
-    secret_key_ref: KeyRef | None = field(None, "A key of a Secret.", cluster=True)
-    config_map_key_ref: KeyRef | None = field(None, "A key of a ConfigMap.", cluster=True)
+    secret_key_ref: KeyRef | None = field(None, "A key of a Secret.")
+    config_map_key_ref: KeyRef | None = field(None, "A key of a ConfigMap.")
 
 
 class EnvVar(Section):
     """One environment variable: a name, and exactly one of value and valueFrom."""
 
     name: str = field(..., "Name.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)
-    value: str | None = field(None, "Value.", max_length=32768)
-    value_from: EnvVarSource | None = field(None, "A Secret's or ConfigMap's key; `grpo run` refuses it.", cluster=True)
+    value: str | None = field(None, "Value; files of the run hold names alone.", max_length=32768)
+    value_from: EnvVarSource | None = field(
+        None, "A Secret's or ConfigMap's key; `grpo run` takes the variable of the same name from its own environment."
+    )
 
 
 class ObjectRef(Section):
@@ -124,7 +126,10 @@ class Runtime(Section):
         list, "Environment of every process of the job.", verl="ray_kwargs.ray_init.runtime_env", max_length=128
     )
     env_from: list[EnvFromSource] = field(
-        list, "Secrets and ConfigMaps whose keys become variables of every process.", cluster=True, max_length=32
+        list,
+        "Secrets and ConfigMaps whose keys become variables of every process; for `grpo run`, export them in the shell that starts it.",
+        cluster=True,
+        max_length=32,
     )
     image: str | None = field(
         None, "Container image; default the operator's --worker-image.", cluster=True, min_length=1, max_length=512

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_worker.algorithms import ESTIMATORS, AdvantageEstimator, make_kl_controller
-from grpo_worker.config import GRPOJob, Spec, resolved_document
+from grpo_worker.config import GRPOJob, Spec, written_document
 from grpo_worker.config.actor import check_decay
 from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup
 from grpo_worker.coordinator.agents.load import load_agent
@@ -220,7 +220,7 @@ def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) ->
         directory.root,
         trainer.project_name,
         trainer.experiment_name or job.name,
-        resolved_document(job),
+        written_document(job),
         keep,
         total_steps=total_steps,
         events=outside.events,

@@ -16,7 +16,7 @@ import urllib.request
 from contextlib import ExitStack
 from typing import Any
 
-from grpo_worker.config import GRPOJob, resolved_document
+from grpo_worker.config import GRPOJob, written_document
 from grpo_worker.config.cluster import cluster_only_fields
 from grpo_worker.config.yaml_text import yaml_text
 from grpo_worker.environment import (
@@ -118,7 +118,7 @@ class Supervisor:
             require_free(network.rollout_port + index, "rolloutPort")
         port = network.coordinator_port or free_port()
         self._url = f"http://127.0.0.1:{port}"
-        self._directory.job.write_text(yaml_text(resolved_document(self._job)))
+        self._directory.job.write_text(yaml_text(written_document(self._job)))
         self._common = {
             **document_variables(self._spec, os.environ),
             RUN_DIRECTORY: str(root),
