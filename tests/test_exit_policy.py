@@ -19,6 +19,7 @@ from grpo_worker.exit_policy import LONGEST_BACKOFF_SECONDS, Verdict, backoff_se
         (70, Verdict.RESTART),
         (82, Verdict.RESTART),
         (83, Verdict.RESTART),
+        (84, Verdict.RESTART),
         (1, Verdict.RESTART),
         (137, Verdict.RESTART),
         (143, Verdict.RESTART),
@@ -30,7 +31,7 @@ def test_what_an_exit_code_calls_for(code: int, wanted: Verdict) -> None:
 
 
 def test_the_best_explanation_comes_first() -> None:
-    assert sorted([75, 82, 85, 1, 137, 65], key=explanation_rank) == [65, 137, 1, 85, 82, 75]
+    assert sorted([75, 82, 85, 84, 137, 65], key=explanation_rank) == [65, 137, 84, 85, 82, 75]
     assert explanation_rank(-9) == explanation_rank(137) and explanation_rank(0) == explanation_rank(
         80
     ) == explanation_rank(75)

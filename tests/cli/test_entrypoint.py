@@ -21,6 +21,7 @@ from grpo_worker.errors import (
     DeviceError,
     ExitCode,
     GRPOError,
+    MemoryFullError,
     PeerLostError,
     RetryableError,
     StalledError,
@@ -60,7 +61,7 @@ def ending_with(monkeypatch: pytest.MonkeyPatch, end: Callable[[], int]) -> None
     ("kind", "code"),
     [
         (UsageError, 64), (DataError, 65), (RetryableError, 75), (ConfigError, 78), (YieldedError, 80), (CheckpointDamagedError, 81),
-        (PeerLostError, 82), (StalledError, 83), (DeviceError, 85),
+        (PeerLostError, 82), (StalledError, 83), (MemoryFullError, 84), (DeviceError, 85),
     ],
 )  # fmt: skip
 def test_an_error_becomes_its_exit_code_and_last_word(
@@ -91,6 +92,21 @@ def test_an_unexpected_error_is_told_with_its_type(
     word = json.loads(termination.read_text())
     assert (word["reason"], word["message"].partition(":")[0]) == ("UnexpectedError", "ZeroDivisionError")
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_host_without_memory_is_tried_again_with_the_remedy(
+    job: Path, termination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end() -> int:
+        raise MemoryError("cannot hold 9 bytes")
+
+    ending_with(monkeypatch, end)
+    assert entrypoint.run("coordinator", str(job)) == ExitCode.MEMORY
+    word = json.loads(termination.read_text())
+    assert word["reason"] == "OutOfMemory"
+    assert (
+        "coordinator: out of memory: cannot hold 9 bytes" in word["message"] and "runtime.resources" in word["message"]
+    )
 
 
 def test_the_code_of_a_rank_that_told_its_own_reason_is_passed_on(

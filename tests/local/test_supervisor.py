@@ -21,7 +21,16 @@ import pytest
 import yaml
 
 from grpo_worker.config import GRPOJob, job_from_document
-from grpo_worker.errors import ConfigError, DataError, DeviceError, ExitCode, GRPOError, InternalError, YieldedError
+from grpo_worker.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    ExitCode,
+    GRPOError,
+    InternalError,
+    MemoryFullError,
+    YieldedError,
+)
 from grpo_worker.local import child, supervisor
 from grpo_worker.local.supervisor import Supervisor
 from grpo_worker.metric_loggers.events import Event
@@ -231,6 +240,23 @@ def test_restarts_without_progress_are_bounded(run: Run, name: str) -> None:
         run.go()
     assert caught.value.reason == "DeviceFailed"
     assert len(run.starts(name)) in (3, 4)  # one more where the first status came between two of them
+
+
+def test_memory_that_was_full_is_tried_again_and_final_when_it_repeats(run: Run) -> None:
+    end = {
+        "code": 84,
+        "reason": "OutOfMemory",
+        "message": "out of memory: tried 2 GiB. Lower actor.ppoMaxTokenLenPerGPU",
+    }
+    run.ends("trainer-0", end, end, end)
+    with pytest.raises(
+        MemoryFullError, match=r"trainer-0 failed after 2 restarts .* Lower actor.ppoMaxTokenLenPerGPU"
+    ) as caught:
+        run.go()
+    assert (caught.value.exit_code, caught.value.reason) == (84, "OutOfMemory")
+    assert run.counts() == {"coordinator": 3, "trainer-0": 3, "rollout-0": 1}
+    warnings = [event["message"] for event in run.view.events if event["level"] == "warning"]
+    assert all("Lower actor.ppoMaxTokenLenPerGPU" in warning for warning in warnings) and len(warnings) == 2
 
 
 def test_progress_gives_the_restarts_back(run: Run) -> None:

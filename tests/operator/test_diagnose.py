@@ -36,7 +36,7 @@ MISSING = "data.trainFiles[0]: train.parquet has no column 'reward' (columns: pr
     ("pod", "reason", "words"),
     [
         (ended(Role.ROLLOUT, 137, "OOMKilled"), "OOMKilled",
-         ["rollout.gpuMemoryUtilization", "rollout.cpuKvCacheGiB", "runtime.shmSize", "runtime.resources.rollout.limits.memory (now 4Gi)"]),
+         ["rollout.gpuMemoryUtilization", "rollout.cpuKVCacheGiB", "runtime.shmSize", "runtime.resources.rollout.limits.memory (now 4Gi)"]),
         (ended(Role.TRAINER, 137, "OOMKilled"), "OOMKilled",
          ["actor.ppoMaxTokenLenPerGPU", "paramOffload", "optimizerOffload", "runtime.resources.trainer.limits.memory (now none)"]),
         (ended(Role.COORDINATOR, 137, "OOMKilled"), "OOMKilled", ["reward.workers", "runtime.resources.coordinator.limits.memory"]),

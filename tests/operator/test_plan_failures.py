@@ -223,6 +223,24 @@ def test_a_chain_of_engine_failures_uses_up_the_budget() -> None:
     assert "after 2 restarts without progress" in (world.status.message or "")
 
 
+def test_memory_that_was_full_is_tried_again_and_the_last_word_has_the_remedy() -> None:
+    """On the same nodes: another process's spike is not the node's fault."""
+    world = running_world(failurePolicy={"maxRestarts": 1})
+    word = LastWord("OutOfMemory", "trainer rank 0, update: out of memory. Lower actor.ppoMaxTokenLenPerGPU")
+    for turn in range(2):
+        world.end("trainer-0", 84, word=word)
+        world.end("coordinator", 75)
+        world.settle()
+        assert world.truth("Failed") == ("True" if turn == 1 else "False")
+        world.tick(70)
+        world.settle()
+        world.run()
+    assert not world.status.excluded_nodes
+    (failed,) = [condition for condition in world.status.conditions or [] if condition.type == "Failed"]
+    assert failed.reason == "OutOfMemory"
+    assert "Lower actor.ppoMaxTokenLenPerGPU" in failed.message
+
+
 def test_the_back_off_doubles_and_progress_gives_the_budget_back() -> None:
     world = running_world()
     waits = []

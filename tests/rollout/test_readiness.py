@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from replica_helpers import engine_options
 
-from grpo_worker.errors import ConfigError, DeviceError
+from grpo_worker.errors import ConfigError, DeviceError, MemoryFullError
 from grpo_worker.protocol.messages import HeartbeatReply, VersionSpan
 from grpo_worker.rollout.heartbeat import unready_reason
 from grpo_worker.rollout.options import engine_environment, startup_error
@@ -85,10 +85,17 @@ KV_CACHE = (
             KV_CACHE,
             "Engine core initialization failed",
             True,
-            ConfigError,
-            ["rollout.gpuMemoryUtilization (now 0.6)", "data.maxResponseLength"],
+            MemoryFullError,
+            ["rollout.gpuMemoryUtilization (now 0.6)", "data.maxResponseLength", "actor.fsdp.paramOffload"],
         ),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "failed", True, ConfigError, ["CUDA out of memory"]),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "failed", True, MemoryFullError, ["CUDA out of memory"]),
+        (
+            "ValueError: Free memory on device (1.0/79.1 GiB) on startup is less than desired GPU memory utilization (0.6, 47.5 GiB).",
+            "failed",
+            True,
+            MemoryFullError,
+            ["Free memory on device (1.0/79.1 GiB)", "(now 0.6)"],
+        ),
         ("RuntimeError: CUDA error: an illegal memory access", "failed", True, DeviceError, ["illegal memory access"]),
         ("", "unknown architecture", False, ConfigError, ["unknown architecture", "did not start with m"]),
     ],

@@ -70,8 +70,26 @@ def test_a_process_learns_its_place_from_the_environment() -> None:
 
 
 FAILURES = [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "OutOfMemory", 78, "ppoMaxTokenLenPerGPU"),
-    (MemoryError(), "OutOfMemory", 78, "enableGradientCheckpointing"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "OutOfMemory", 84, "ppoMaxTokenLenPerGPU"),
+    (MemoryError(), "OutOfMemory", 84, "enableGradientCheckpointing"),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "OutOfMemory",
+        84,
+        "paramOffload",
+    ),
+    (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        "OutOfMemory",
+        84,
+        "paramOffload",
+    ),
+    (
+        RuntimeError("NCCL error: unhandled cuda error: Cuda failure 2 'out of memory'"),
+        "OutOfMemory",
+        84,
+        "gpuMemoryUtilization",
+    ),
     (torch.distributed.DistBackendError("NCCL error in: x.cpp, unhandled cuda error"), "DeviceFailed", 85, "NCCL"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "DeviceFailed", 85, "rank 3, update"),
     (RuntimeError("[/gloo/pair.cc:525] Connection closed by peer [127.0.0.1]:1"), "RankLost", 75, "another rank"),

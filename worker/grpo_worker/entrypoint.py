@@ -19,11 +19,15 @@ from pathlib import Path
 
 from grpo_worker.config import GRPOJob, load_written
 from grpo_worker.environment import PARENT_PID, REPLICA_INDEX, TERMINATION_LOG
-from grpo_worker.errors import ExitCode, GRPOError
+from grpo_worker.errors import ExitCode, GRPOError, MemoryFullError, memory_was_full, one_line
 
 ROLES = ("coordinator", "trainer", "rollout")
 _PR_SET_PDEATHSIG = 1
 MAX_LAST_WORD_BYTES = 4096  # what the kubelet keeps of a termination message
+_MEMORY_REMEDY = (
+    "If it comes again, give the machine or the pod more memory (runtime.resources), or ask for less: actor.ppoMaxTokenLenPerGPU and the "
+    "offload of actor.fsdp on a trainer, rollout.gpuMemoryUtilization on an engine, reward.workers on the coordinator."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,6 +54,9 @@ def run(role: str, job_file: str) -> int:
         return int(error.exit_code)
     except Exception as error:
         traceback.print_exc()
+        if memory_was_full(error):
+            _last_word(MemoryFullError.reason, f"{role}: out of memory: {one_line(error)}. {_MEMORY_REMEDY}", {})
+            return int(MemoryFullError.exit_code)
         _last_word("UnexpectedError", f"{type(error).__name__}: {error}", {})
         return int(ExitCode.INTERNAL)
     if code == ExitCode.DONE:

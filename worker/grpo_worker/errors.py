@@ -4,6 +4,7 @@ Invariant: every process of a job ends with 0 or with one of `ExitCode`, and its
 the same `reason` and `message`. The local supervisor and the operator decide from these alone.
 """
 
+import re
 from enum import IntEnum
 
 MAX_LINE_CHARACTERS = 600
@@ -22,6 +23,17 @@ def one_line(error: BaseException | str) -> str:
     return text
 
 
+_MEMORY_FULL = re.compile(
+    r"out of memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED|No available memory|less than desired GPU memory",
+    re.IGNORECASE,
+)
+
+
+def memory_was_full(error: BaseException | str) -> bool:
+    """Whether an exception, or what a library said, is about memory that was not there: of a device or of the host."""
+    return isinstance(error, MemoryError) or _MEMORY_FULL.search(str(error)) is not None
+
+
 class ExitCode(IntEnum):
     """What a supervisor does next, by process exit code (the numbers follow sysexits.h up to 78)."""
 
@@ -35,6 +47,7 @@ class ExitCode(IntEnum):
     CHECKPOINT_DAMAGED = 81  # no checkpoint that resume may use
     PEER_LOST = 82  # a weight-sync peer died or did not answer in time
     STALLED = 83  # no progress within the limit
+    MEMORY = 84  # start again, counted: a device or the host had no memory left, which may be another's doing
     DEVICE = 85  # GPU or NCCL hardware: start again elsewhere
 
 
@@ -110,6 +123,13 @@ class StalledError(GRPOError):
 
     exit_code = ExitCode.STALLED
     reason = "Stalled"
+
+
+class MemoryFullError(GRPOError):
+    """A device or the host had no memory left."""
+
+    exit_code = ExitCode.MEMORY
+    reason = "OutOfMemory"
 
 
 class DeviceError(GRPOError):

@@ -137,7 +137,7 @@ def _memory_advice(role: Role, spec: Spec) -> str:
     shm = f"runtime.shmSize ({spec.runtime.shm_size}) counts against that limit"
     if role is Role.ROLLOUT:
         return (
-            f"Raise {field}; {shm}; on CPU the engine takes rollout.cpuKvCacheGiB more, and on a GPU a lower "
+            f"Raise {field}; {shm}; on CPU the engine takes rollout.cpuKVCacheGiB more, and on a GPU a lower "
             "rollout.gpuMemoryUtilization leaves less to swap."
         )
     if role is Role.TRAINER:

@@ -94,11 +94,11 @@ class Child:
             return str(word["reason"]), str(word["message"])
         except (OSError, ValueError, KeyError, TypeError):
             code = self.code
-            what = (
-                f"was killed by signal {signal.Signals(-code).name}"
-                if code is not None and code < 0
-                else f"ended with exit code {code}"
-            )
+            what = f"ended with exit code {code}"
+            if code is not None and code < 0:
+                what = f"was killed by signal {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                what += " (by the kernel, if nobody else did: the machine ran out of memory, see dmesg)"
             return "Died", f"{what}\n{self._tail()}".rstrip()
 
     def _signal(self, number: signal.Signals) -> None:

@@ -36,6 +36,7 @@ from grpo_worker.errors import (
     ExitCode,
     GRPOError,
     InternalError,
+    MemoryFullError,
     PeerLostError,
     RetryableError,
     StalledError,
@@ -356,6 +357,7 @@ _ERRORS: dict[int, type[GRPOError]] = {
         CheckpointDamagedError,
         PeerLostError,
         StalledError,
+        MemoryFullError,
         DeviceError,
     )
 }

@@ -12,7 +12,7 @@ from typing import Any
 from grpo_worker.config.actor import Model
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.config.run import Network
-from grpo_worker.errors import ConfigError, DeviceError, GRPOError
+from grpo_worker.errors import ConfigError, DeviceError, GRPOError, MemoryFullError, memory_was_full
 
 BACKEND = "grpo_store"  # the weight transport that the plug-in registers
 WORKER_EXTENSION = "grpo_worker.rollout.plugin.WorkerExtension"
@@ -58,10 +58,7 @@ def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> d
     return usual | rollout.engine_args | own
 
 
-_MEMORY = re.compile(
-    r"larger than the available KV cache|No available memory for the cache blocks|less than desired GPU memory utilization"
-    r"|out of memory|[Cc]annot allocate memory|not enough memory"
-)
+_KV_CACHE = "larger than the available KV cache"
 _DEVICE = re.compile(r"CUDA error|NCCL|cudaError|uncorrectable ECC|Xid")
 _RAISED = re.compile(r"(?:^|\s)(?:[\w.]+)?(?:Error|Exception): (?P<message>.+)$", re.MULTILINE)
 
@@ -70,15 +67,17 @@ def startup_error(error: BaseException, engine_log: str, options: EngineOptions,
     """The engine did not start: say why in vLLM's words (its worker processes only log the cause) and what to
     change."""
     messages = [match["message"].strip() for match in _RAISED.finditer(engine_log)] + [str(error)]
-    if memory := next((message for message in messages if _MEMORY.search(message)), None):
+    if memory := next((message for message in messages if _KV_CACHE in message or memory_was_full(message)), None):
+        on_cpu = f"rollout.cpuKVCacheGiB (now {options.rollout.cpu_kv_cache_gib})"
         raise_what = (
-            f"rollout.gpuMemoryUtilization (now {options.rollout.gpu_memory_utilization})" if on_gpu
-            else f"rollout.cpuKVCacheGiB (now {options.rollout.cpu_kv_cache_gib})"
-        )  # fmt: skip
-        return ConfigError(
-            f"rollout: the engine has too little memory for its KV cache. vLLM: {memory} "
-            f"Raise {raise_what}, or lower data.maxPromptLength and data.maxResponseLength (the engine's context is their sum, "
-            f"{options.max_model_len} tokens)."
+            f"rollout.gpuMemoryUtilization (now {options.rollout.gpu_memory_utilization})" if on_gpu else on_cpu
+        )
+        # What a GPU has left depends on who else holds memory at that moment; on CPU the document says how much there is.
+        kind = ConfigError if _KV_CACHE in memory and not on_gpu else MemoryFullError
+        return kind(
+            f"rollout: the engine has too little memory. vLLM: {memory} Raise {raise_what}, or lower data.maxPromptLength and "
+            f"data.maxResponseLength (the engine's context is their sum, {options.max_model_len} tokens); where a trainer shares the "
+            "device, actor.fsdp.paramOffload and optimizerOffload leave more."
         )
     if device := next((message for message in messages if _DEVICE.search(message)), None):
         return DeviceError(f"rollout: the engine did not start. vLLM: {device}")

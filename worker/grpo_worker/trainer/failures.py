@@ -5,10 +5,17 @@ Invariant: each exception becomes one reason, one message that says what to do, 
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from grpo_worker.errors import CheckpointDamagedError, DeviceError, ExitCode, GRPOError, one_line
+from grpo_worker.errors import (
+    CheckpointDamagedError,
+    DeviceError,
+    ExitCode,
+    GRPOError,
+    MemoryFullError,
+    memory_was_full,
+    one_line,
+)
 from grpo_worker.protocol.messages import ErrorReply
 
 
@@ -29,12 +36,13 @@ def remote_error(exception: BaseException, operation: str, rank: int) -> ErrorRe
         return ErrorReply(reason=cause.reason, message=str(cause), exit_code=int(cause.exit_code), recoverable=True)
     if isinstance(exception, GRPOError):
         return ErrorReply(reason=exception.reason, message=str(exception), exit_code=int(exception.exit_code))
-    if isinstance(exception, (torch.OutOfMemoryError, MemoryError)):
+    if memory_was_full(exception):
         message = (
-            f"{where}: out of memory: {said} Lower actor.ppoMaxTokenLenPerGPU (or ppoMicroBatchSizePerGPU), set "
-            "model.enableGradientCheckpointing: true, or offload with actor.fsdp.paramOffload and optimizerOffload."
+            f"{where}: out of memory: {said} If it comes again, lower actor.ppoMaxTokenLenPerGPU (or ppoMicroBatchSizePerGPU), set "
+            "model.enableGradientCheckpointing: true, offload with actor.fsdp.paramOffload and optimizerOffload, or lower "
+            "rollout.gpuMemoryUtilization where an engine shares the device."
         )
-        return ErrorReply(reason="OutOfMemory", message=message, exit_code=int(ExitCode.CONFIG))
+        return ErrorReply(reason=MemoryFullError.reason, message=message, exit_code=int(MemoryFullError.exit_code))
     if isinstance(exception, dist.DistError) or "gloo" in said.lower() or "Connection closed by peer" in said:
         if "NCCL" in str(exception):
             return ErrorReply(reason=DeviceError.reason, message=f"{where}: {said}", exit_code=int(ExitCode.DEVICE))
