@@ -31,6 +31,11 @@ async def score(pool: RewardPool, sample: RewardInput) -> RewardOutcome:
     return (await pool.score_many([sample]))[0]
 
 
+def workers_of(pool: RewardPool) -> list[object]:
+    """The processes: one that was lost has been replaced by another."""
+    return [slot.worker for slot in pool._slots]
+
+
 def has_ended(pid: int, within_seconds: float = 10.0) -> bool:
     try:
         process = os.pidfd_open(pid)
@@ -75,6 +80,7 @@ async def test_a_failure_is_an_outcome_and_the_samples_around_it_are_scored(
     async with misbehaving(user_folder) as pool:
         warm_up = [sample(str(n)) for n in range(20)]  # fast calls: from here on many are sent ahead
         await pool.score_many(warm_up)
+        workers = workers_of(pool)
         outcomes = await pool.score_many(
             [*(sample(str(n)) for n in range(30)), sample(word), *(sample(str(n)) for n in range(30))]
         )
@@ -84,13 +90,7 @@ async def test_a_failure_is_an_outcome_and_the_samples_around_it_are_scored(
         assert failed.failure is not None
         assert failed.failure.kind == kind
         assert message in failed.failure.message
-        metrics = pool.metrics()
-        counted = {"timeout": "timeouts", "crash": "crashes", "exception": "exceptions", "invalid": "invalid"}
-        assert metrics["scored"] == 80
-        assert {name: metrics[name] for name in counted.values()} == {
-            name: float(name == counted[kind]) for name in counted.values()
-        }
-        assert metrics["restarts"] == {"timeout": 1, "crash": 2}.get(kind, 0)
+        assert (workers_of(pool) == workers) == (kind not in ("timeout", "crash"))
 
 
 async def test_many_failures_among_many_samples_on_several_workers(user_folder: Path, sample: Make) -> None:
@@ -107,7 +107,6 @@ async def test_a_sample_that_crashed_by_bad_luck_is_scored_by_a_fresh_worker(use
     async with misbehaving(user_folder) as pool:
         outcomes = await pool.score_many([sample("1"), sample("crash once"), sample("2")])
         assert kinds(outcomes) == [1.0, 1.0, 2.0]
-        assert (pool.metrics()["crashes"], pool.metrics()["restarts"]) == (0, 1)
 
 
 @pytest.mark.parametrize("word", ["print", "fork"])
@@ -115,8 +114,9 @@ async def test_what_user_code_prints_and_forks_does_not_reach_the_protocol(
     user_folder: Path, sample: Make, word: str
 ) -> None:
     async with misbehaving(user_folder) as pool:
+        workers = workers_of(pool)
         assert kinds(await pool.score_many([sample(word), sample("2")])) == [1.0, 2.0]
-        assert pool.metrics()["restarts"] == 0
+        assert workers_of(pool) == workers
 
 
 @pytest.fixture
@@ -130,10 +130,11 @@ async def test_a_call_is_made_again_when_the_function_asks_for_it(
 ) -> None:
     heard: list[str] = []
     async with misbehaving(user_folder, retry_seconds=20.0, on_refusal=heard.append) as pool:
+        workers = workers_of(pool)
         outcomes = await pool.score_many([sample("busy 3"), sample("2"), sample("busy 1")])
         assert kinds(outcomes) == [1.0, 2.0, 1.0]
         assert [outcome.refusals for outcome in outcomes] == [3, 0, 1]
-        assert pool.metrics()["restarts"] == 0
+        assert workers_of(pool) == workers
     assert heard == ["the judge answered 503"]  # once, not for each sample
 
 
@@ -162,7 +163,6 @@ async def test_a_judge_that_stays_away_fails_the_sample_at_the_bound(
         calls = len((user_folder / "busy").read_text())
         assert calls == outcome.refusals
         assert calls == 1 if not retry_seconds else 4 < calls < 30  # ever further apart
-        assert pool.metrics()["unavailable"] == 1
 
 
 async def test_closing_ends_the_wait_for_another_try(user_folder: Path, sample: Make) -> None:
@@ -229,7 +229,6 @@ async def test_a_caller_that_gives_up_takes_nothing_from_the_others(user_folder:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.score_many([sample("sleep"), *(sample("5") for _ in range(50))]), 0.2)
         assert kinds(await pool.score_many([sample("1"), sample("2")])) == [1.0, 2.0]
-        assert pool.metrics()["scored"] == 2
 
 
 async def test_the_event_loop_goes_on_while_verifiers_hang(user_folder: Path, sample: Make) -> None:
@@ -316,8 +315,6 @@ async def test_thousands_of_fast_samples_keep_their_order_and_use_all_workers(us
         outcomes = await pool.score_many([sample(str(n)) for n in range(5000)])
         assert kinds(outcomes) == [float(n) for n in range(5000)]
         assert len({outcome.result.extra["pid"] for outcome in outcomes if outcome.result}) == 2
-        assert pool.metrics()["scored"] == 5000
-        assert pool.metrics()["seconds"] == pytest.approx(sum(outcome.seconds for outcome in outcomes))
 
 
 async def test_math_workers_load_side_by_side_and_score(sample: Make) -> None:

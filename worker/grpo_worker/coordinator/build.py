@@ -10,13 +10,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_worker.algorithms import ESTIMATORS, AdvantageEstimator, make_kl_controller
+from grpo_worker.algorithms import ESTIMATORS, AdvantageEstimator
 from grpo_worker.config import GRPOJob, Spec, written_document
 from grpo_worker.config.actor import check_decay
 from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup
 from grpo_worker.coordinator.agents.load import load_agent
 from grpo_worker.coordinator.agents.thread import AgentRuntime
+from grpo_worker.coordinator.collector import Collector
 from grpo_worker.coordinator.dispatch import Dispatcher, DispatchOptions, RolloutDispatcher
+from grpo_worker.coordinator.halt import Halt
 from grpo_worker.coordinator.learner import Learner
 from grpo_worker.coordinator.loop import Parts, TrainingLoop
 from grpo_worker.coordinator.member_client import MemberClient
@@ -97,19 +99,17 @@ async def build(
     progress.set("Starting", "waiting for the trainer")
     with startup.part("trainer"):
         await outside.trainer.connect(spec.failure_policy.startup_timeout_seconds)
-    kl = spec.algorithm.kl_ctrl
-    kl_controller = make_kl_controller(kl.type, kl.kl_coef, horizon=kl.horizon, target_kl=kl.target_kl)
-    learner = Learner(spec, outside.trainer, estimator, kl_controller)
+    learner = Learner(spec, outside.trainer, estimator)
     model = describe_model(spec.model.path, spec.model.revision, directory)
-    step, updates, cursor = 0, 0, Cursor()
     with startup.part("resume"):
         resumed = await saver.resume(os.environ.get(RESUME) or spec.checkpoint.resume)
+    step, updates, cursor = 0, 0, Cursor()
     if resumed is not None:
         point, state = resumed
         check_same_model(state.get("model", model), model)
         step, cursor = point.step, data.restore(state["data"])
         updates = state.get("updates", step * spec.actor.updates_per_step(spec.data.train_batch_size))
-        kl_controller.load_state_dict(state["kl_controller"])
+        learner.kl_controller.load_state_dict(state["kl_controller"])
         if saver.last is not None:
             progress.saved(saver.last)
         events.emit("info", "Resumed", f"Resuming from {point.path.name} at step {step}")
@@ -118,22 +118,20 @@ async def build(
     log = await asyncio.to_thread(_open_log, job, outside, keep=keep, total_steps=schedule.last_version)
     stack.callback(log.close)
     progress.set("Starting", "waiting for the rollout servers")
-    options = _dispatch_options(spec, tokenizer)
+    options, on_policy, halt = _dispatch_options(spec, tokenizer), spec.rollout.max_staleness == 0, Halt()
+    validation = Validation(validation_prompts, options, spec.rollout.validation, atomic=on_policy)
     parts = Parts(
         dataset=data,
         model=model,
         schedule=schedule,
+        halt=halt,
+        collector=Collector(spec, schedule, make_dispatcher, options, scorer, events.emit, halt),
         make_dispatcher=make_dispatcher,
-        dispatch_options=options,
         scorer=scorer,
         learner=learner,
         weights=outside.weights,
         saver=saver,
-        validation=Validation(
-            validation_prompts, options, spec.rollout.validation, atomic=spec.rollout.max_staleness == 0
-        )
-        if validation_prompts
-        else None,
+        validation=validation if validation_prompts else None,
         log=log,
         progress=progress,
         emit=events.emit,

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from grpo_worker.algorithms import AdvantageEstimator, KLController
+from grpo_worker.algorithms import AdvantageEstimator, make_kl_controller
 from grpo_worker.config import Spec
 from grpo_worker.coordinator.experience import Credited, assemble, assign_credit
 from grpo_worker.coordinator.groups import Group
@@ -16,10 +16,9 @@ from grpo_worker.protocol.messages import LogProbsReply, LogProbsRequest, Update
 class Learner:
     """`kl_controller` is part of the run's state; everything else is the document's."""
 
-    def __init__(
-        self, spec: Spec, trainer: TrainerClient, estimator: AdvantageEstimator, kl_controller: KLController
-    ) -> None:
-        self.kl_controller = kl_controller
+    def __init__(self, spec: Spec, trainer: TrainerClient, estimator: AdvantageEstimator) -> None:
+        kl = spec.algorithm.kl_ctrl
+        self.kl_controller = make_kl_controller(kl.type, kl.kl_coef, horizon=kl.horizon, target_kl=kl.target_kl)
         self._spec = spec
         self._trainer = trainer
         self._estimator = estimator

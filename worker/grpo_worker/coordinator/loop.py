@@ -13,7 +13,6 @@ from typing import Any
 
 from grpo_worker.config import Spec
 from grpo_worker.coordinator.collector import Collector
-from grpo_worker.coordinator.dispatch import DispatchOptions
 from grpo_worker.coordinator.halt import Halt, Result
 from grpo_worker.coordinator.learner import Learner
 from grpo_worker.coordinator.members import Emit
@@ -40,8 +39,9 @@ class Parts:
     dataset: BlockDataset
     model: dict[str, Any]  # described, for the checkpoint
     schedule: Schedule
+    halt: Halt
+    collector: Collector
     make_dispatcher: MakeDispatcher
-    dispatch_options: DispatchOptions
     scorer: Scorer
     learner: Learner
     weights: WeightSync
@@ -60,16 +60,7 @@ class TrainingLoop:
         """`updates`: the optimizer's so far."""
         self._spec = spec
         self._parts = parts
-        self._halt = Halt()
-        self._collector = Collector(
-            spec,
-            parts.schedule,
-            parts.make_dispatcher,
-            parts.dispatch_options,
-            parts.scorer,
-            parts.emit,
-            self._halt,
-        )
+        self._halt, self._collector = parts.halt, parts.collector
         self._step = parts.schedule.version
         self._updates = updates
         self._planned = parts.schedule.last_version

@@ -36,7 +36,6 @@ class RewardResult:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-RewardValue = float | dict[str, Any] | RewardResult
 RewardFunction = Callable[[RewardInput], RewardResult]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from grpo_worker.errors import DataError, RetryableError, UsageError
 from grpo_worker.rewards.base import RewardInput, RewardResult
@@ -129,11 +129,7 @@ class RewardPool:
         self._start_failures = 0
         self._broken: Exception | None = None
         self._closed = False
-        self._scored = 0
-        self._failures: dict[FailureKind, int] = dict.fromkeys(get_args(FailureKind), 0)
         self._next_notice = 0.0
-        self._restarts = 0
-        self._seconds = 0.0
         self._answered = 0  # calls that came back with an answer, and their seconds: how far to send ahead
         self._answered_seconds = 0.0
 
@@ -159,19 +155,6 @@ class RewardPool:
         Raises RetryableError when no worker can be started any more, PoolClosedError after close().
         """
         return await asyncio.gather(*[self._submit(sample) for sample in samples])
-
-    def metrics(self) -> dict[str, float]:
-        """Totals since the start. `seconds`: inside the function, over all workers. `restarts`: workers replaced."""
-        return {
-            "scored": self._scored,
-            "timeouts": self._failures["timeout"],
-            "crashes": self._failures["crash"],
-            "exceptions": self._failures["exception"],
-            "invalid": self._failures["invalid"],
-            "unavailable": self._failures["unavailable"],
-            "restarts": self._restarts,
-            "seconds": self._seconds,
-        }
 
     async def close(self) -> None:
         """Ends all workers and their children within 5 seconds. Calls not yet answered raise PoolClosedError."""
@@ -264,11 +247,6 @@ class RewardPool:
                 slot.worker.set_deadline(self._timeout_seconds)
 
     def _settle(self, call: _Call, outcome: RewardOutcome) -> None:
-        self._seconds += outcome.seconds
-        if outcome.failure is None:
-            self._scored += 1
-        else:
-            self._failures[outcome.failure.kind] += 1
         if not call.outcome.done():
             call.outcome.set_result(outcome)
 
@@ -389,7 +367,6 @@ class RewardPool:
             self._start_failed(slot, DataError(text))
             return
         sent, slot.sent = slot.sent, deque()
-        self._restarts += 1
         if sent:
             call = sent.popleft()
             self._queue.extendleft(reversed(sent))
