@@ -57,8 +57,16 @@ class Machine:
         return subprocess.Popen(["ip", "netns", "exec", self.namespace, *command], **keywords)
 
     def close(self) -> None:
+        self.do(self._end_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
+
+    async def _end_tasks(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _run(self) -> None:
         handle = os.open(f"/run/netns/{self.namespace}", os.O_RDONLY)

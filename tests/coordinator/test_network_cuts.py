@@ -35,6 +35,7 @@ from grpo_worker.protocol.messages import (
     SaveRequest,
     UpdateRequest,
 )
+from grpo_worker.rollout.server import listen
 from grpo_worker.weightsync.client import pull
 from grpo_worker.weightsync.manifest import TensorSpec
 from grpo_worker.weightsync.server import WeightServer
@@ -255,3 +256,35 @@ def test_a_trainer_that_is_cut_off_ends_the_run_at_the_limit(job: Job, kind: typ
     assert word["reason"] == "TrainerLost"
     assert "trainer-0 was silent for" in word["message"] and f"during {what}" in word["message"]
     assert job.told("MemberSilent", "trainer-0", f"what waits for it: {what}")
+
+
+def test_an_engine_drops_the_requests_of_a_client_that_is_cut_off() -> None:
+    """Nothing tells the server: it finds out, and the engine is free when the network is whole again."""
+    network = Network("client", "server")
+    begun, left = threading.Event(), threading.Event()
+
+    async def generate(request: web.Request) -> web.Response:
+        begun.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            left.set()
+        return web.Response()
+
+    async def ask(url: str) -> None:
+        async with aiohttp.ClientSession() as session, session.post(url):
+            pass
+
+    try:
+        app = web.Application()
+        app.router.add_post("/v1/generate", generate)
+        machine = network["server"]
+        runner, port = machine.do(listen(app, machine.address, 0, MEMBER_TIMEOUT_SECONDS))
+        network["client"].start(ask(f"http://{machine.address}:{port}/v1/generate"))
+        assert begun.wait(10)
+        network.cut("client", "server")
+        assert not left.wait(MEMBER_TIMEOUT_SECONDS / 2)
+        assert left.wait(SOON_SECONDS)
+        machine.do(runner.cleanup())
+    finally:
+        network.close()

@@ -17,7 +17,8 @@ from replica_helpers import TOKEN, Loop, Replica, Trainer, request_of, weights
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grpo_worker.environment import COORDINATOR_URL, JOB_TOKEN, TERMINATION_LOG
-from grpo_worker.protocol import auth, codec
+from grpo_worker.protocol import codec
+from grpo_worker.protocol.http import door
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 from grpo_worker.rollout.server import listen
 
@@ -29,7 +30,7 @@ class Coordinator:
         self.loop = loop
         self.beats: list[Heartbeat] = []
         self.reply = HeartbeatReply(incarnation="one", policy_version=None, max_staleness=0)
-        app = web.Application(middlewares=[auth.middleware(TOKEN)])
+        app = web.Application(middlewares=[door(TOKEN)])
         app.router.add_post("/v1/members", self._member)
         self._runner, self.port = loop.run(listen(app, "127.0.0.1", 0))
 

@@ -156,9 +156,12 @@ def test_a_client_that_goes_away_while_its_batch_is_admitted_leaves_a_running_en
     whole = getattr(replica.engine._llm, call)
 
     async def slow(**arguments: object) -> None:
+        if call == "pause_generation":
+            await whole(**arguments)
         entered.set()
         await asyncio.sleep(0.2)
-        await whole(**arguments)
+        if call == "resume_generation":
+            await whole(**arguments)
 
     async def leave() -> None:
         monkeypatch.setattr(replica.engine._llm, call, slow)

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 QUESTIONS = ("What is 17 + 25?", "Name three colors.")
 ANSWER_TOKENS = 24
 
-pytestmark = pytest.mark.timeout(600)  # 134 million parameters on two cores; the first time the model is fetched and converted
+pytestmark = pytest.mark.timeout(
+    600
+)  # 134 million parameters on two cores; the first time the model is fetched and converted
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import yaml
 from aiohttp import web
 from trainer_helpers import free_port, save_tiny_model
 
-from grpo_worker.protocol import auth, codec
+from grpo_worker.protocol import codec
+from grpo_worker.protocol.http import door
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 
 TOKEN = "secret"
@@ -36,7 +37,7 @@ class Coordinator:
         assert self._started.wait(30)
 
     async def _serve(self) -> None:
-        app = web.Application(middlewares=[auth.middleware(TOKEN)])
+        app = web.Application(middlewares=[door(TOKEN)])
         app.router.add_post("/v1/members", self._member)
         runner = web.AppRunner(app)
         await runner.setup()

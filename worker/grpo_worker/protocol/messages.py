@@ -83,7 +83,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Coordinator -> rollout, POST /v1/generate. The reply is a stream of frames (codec.write_frame), one `GroupResult` a prompt as it
+    """Coordinator -> rollout, POST /v1/generate. The reply is a stream of frames (codec.frame), one `GroupResult` a prompt as it
     finishes, then one `GenerateEnd`."""
 
     request_id: str

@@ -62,7 +62,7 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
         engine, token=replica.token, unready_reason=lambda: membership.unready_reason() if membership else "starting"
     )
     try:
-        runner, port = await listen(server.app(), replica.host, replica.port)
+        runner, port = await listen(server.app(), replica.host, replica.port, replica.network.member_timeout_seconds)
     except OSError as error:
         what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror})"
         raise ConfigError(

@@ -1,12 +1,14 @@
 """HTTP in front of the engine.
 
 Invariant: every request gets an answer of the contract: frames that end with `GenerateEnd`, or a status of 400 and
-above with an `ErrorReply`. When the client goes away, its requests leave the engine; a weight swap that has begun goes
-on.
+above with an `ErrorReply`. When the client goes away, or its machine falls silent, its requests leave the engine; a weight
+swap that has begun goes on.
 """
 
 import asyncio
 import logging
+import math
+import socket
 from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
@@ -148,15 +150,37 @@ def invalid(request: GenerateRequest) -> str:
     return next((message for holds, message in rules if not holds), "")
 
 
-async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
-    """Serve an app; returns its runner and the port. Raises OSError."""
+async def listen(
+    app: web.Application, host: str, port: int, dead_after_seconds: float = 30.0
+) -> tuple[web.AppRunner, int]:
+    """Serve an app; returns its runner and the port. Raises OSError.
+
+    Args:
+        dead_after_seconds: a client whose machine has not answered for so long is gone, whether it has said so or not.
+    """
     # A client that disconnects cancels its handler: that is how its requests leave the engine.
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.SockSite(runner, _listener(host, port, dead_after_seconds)).start()
     except OSError:
         await runner.cleanup()
         raise
     address: Any = runner.addresses[0]
     return runner, int(address[1])
+
+
+def _listener(host: str, port: int, dead_after_seconds: float) -> socket.socket:
+    """Its connections are probed while they are idle; Linux' own patience is two hours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=128)
+    probe_seconds = max(1, math.ceil(dead_after_seconds / 3))
+    options = {
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): probe_seconds,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): probe_seconds,
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): math.ceil(dead_after_seconds * 1000),
+    }
+    for (level, option), value in options.items():
+        listener.setsockopt(level, option, value)
+    return listener
