@@ -22,6 +22,10 @@ from grpo_worker.coordinator.validation import MakeDispatcher
 from grpo_worker.errors import StalledError
 
 
+# Of failurePolicy.stallTimeoutSeconds: a supervisor restarts the job after all of it, and what was learned has to be saved before.
+STALL_SHARE = 0.8
+
+
 class Collector:
     """Its `dispatcher` runs beside the training."""
 
@@ -42,7 +46,7 @@ class Collector:
         self._halt = halt
         self._samples = spec.rollout.n
         self._overlapped = spec.rollout.max_staleness > 0
-        self._stall_seconds = spec.failure_policy.stall_timeout_seconds
+        self._stall_seconds = STALL_SHARE * spec.failure_policy.stall_timeout_seconds
         self._replaced = 0  # groups admitted in the place of filtered and failed ones since the last step
         self._group_ended = asyncio.Event()
         self._generated_at = time.monotonic()
@@ -79,8 +83,8 @@ class Collector:
             if time.monotonic() > waited + self._stall_seconds:
                 waiting = [group.uid for group in self._schedule.window if not group.done]
                 raise StalledError(
-                    f"step {self._schedule.version + 1}: {len(waiting)} prompts did not come back within {self._stall_seconds:.0f} s "
-                    f"(failurePolicy.stallTimeoutSeconds), the first: {', '.join(waiting[:5])}"
+                    f"step {self._schedule.version + 1}: {len(waiting)} prompts did not come back within {self._stall_seconds:.0f} s, "
+                    f"{STALL_SHARE:.0%} of failurePolicy.stallTimeoutSeconds, the first: {', '.join(waiting[:5])}"
                 )
             try:
                 async with asyncio.timeout(1.0):
