@@ -83,6 +83,23 @@ async def test_a_run_that_was_stopped_goes_on_without_losing_or_repeating_a_prom
     assert [line["step"] for line in stage.records("metrics.jsonl")] == list(range(1, 13))
 
 
+async def test_a_start_from_nothing_keeps_what_an_earlier_run_wrote(stage: Stage) -> None:
+    """A mistyped checkpoint.path is enough for such a start."""
+    (stage.root / "run").mkdir()
+    names = ("metrics", "ledger", "samples")
+    earlier = {name: f'{{"step": 7, "of": "{name}"}}\n' for name in names}
+    for name in names:
+        (stage.root / "run" / f"{name}.jsonl").write_text(earlier[name])
+    async with stage.members(Engine("rollout-0")):
+        await stage.train(stage.job())
+    assert {name: (stage.root / "run" / f"{name}.1.jsonl").read_text() for name in names} == earlier
+    assert [line["step"] for line in stage.records("metrics.jsonl")] == stage.trainer.steps
+    told = next(event for event in stage.records("events.jsonl") if event["reason"] == "RecordsSetAside")
+    assert told["level"] == "warning"
+    assert "an earlier run" in told["message"]
+    assert "steps 7 to 7 are kept in metrics.1.jsonl, ledger.1.jsonl, samples.1.jsonl" in told["message"]
+
+
 async def test_a_run_whose_trainer_died_goes_on_from_its_last_checkpoint(stage: Stage) -> None:
     async with stage.members(Engine("rollout-0")):
         update = stage.trainer.update

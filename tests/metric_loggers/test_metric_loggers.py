@@ -1,5 +1,6 @@
 """Metric loggers: what they write, what a resume keeps, and what a failing one does to training (nothing)."""
 
+import importlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 from grpo_worker.errors import ConfigError
 from grpo_worker.metric_loggers import MetricLoggers, open_loggers, read_events
 from grpo_worker.metric_loggers.formatting import format_duration, format_number, sparkline
-from grpo_worker.metric_loggers.jsonl import JsonlLogger
+from grpo_worker.metric_loggers.step_files import JsonlLogger, SetAside
 from grpo_worker.metric_loggers.tensorboard import TensorBoardLogger
 
 METRICS = {
@@ -51,31 +52,6 @@ def test_jsonl_holds_one_object_a_step_that_is_there_at_once(tmp_path: Path) -> 
     loggers.close()
 
 
-@pytest.mark.parametrize(("resume_step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3, 4])])
-def test_a_resume_cuts_off_the_steps_after_its_checkpoint(tmp_path: Path, resume_step: int, kept: list[int]) -> None:
-    loggers = opened(["jsonl"], tmp_path)
-    for step in range(5):
-        loggers.log(step, METRICS)
-    loggers.close()
-    again = opened(["jsonl"], tmp_path, resume_step)
-    assert steps(tmp_path) == kept
-    following = kept[-1] + 1 if kept else 0
-    again.log(following, METRICS)
-    again.close()
-    assert steps(tmp_path) == [*kept, following]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize("torn", [b'{"step": 3, "a": 1', b'{"step": 3, "a": 1}', b"\x00\x00\x00"])
-def test_a_line_that_a_kill_tore_is_dropped(tmp_path: Path, torn: bytes) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
-    loggers = opened(["jsonl"], tmp_path, resume_step=10)
-    loggers.log(3, {"a": 2.0})
-    loggers.close()
-    assert steps(tmp_path) == [1, 2, 3]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["a"] == 2.0
-
-
 def test_a_step_that_is_logged_again_replaces_its_line(tmp_path: Path) -> None:
     loggers = opened(["jsonl"], tmp_path)
     for step, value in [(0, 1.0), (1, 1.0), (0, 2.0)]:
@@ -95,13 +71,13 @@ def test_values_that_json_does_not_know_become_null(tmp_path: Path, value: float
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    logger = JsonlLogger(tmp_path, 0)
+    logger = JsonlLogger(tmp_path)
     loggers = opened([], tmp_path)
     loggers._loggers.append(logger)
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, logger.fileno())
     os.close(full)
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: No space left on device\. Free space"):
+    with pytest.raises(ConfigError, match=r"writing metrics\.jsonl failed: No space left on device.* Free space"):
         loggers.log(1, METRICS)
     loggers.close()
 
@@ -197,6 +173,42 @@ def test_wandb_offline_goes_on_with_the_same_run_id(tmp_path: Path, monkeypatch:
     # An offline run's folder is named offline-run-<second>-<id>: two starts within a second share it.
     assert all(path.name.endswith(ids[0]) for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))
+
+
+def test_wandb_shows_no_step_that_the_training_went_back_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 1 to 3, then on from the checkpoint of step 1: another run of the same group begins there, as its config says."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    inits = recorded_inits(monkeypatch)
+    lost = SetAside([], 2, 3)
+    for steps_logged, options in (
+        ((1, 2, 3), {}),
+        ((2, 3), {"resume_step": 1, "lost": lost}),
+        ((4,), {"resume_step": 3}),
+    ):
+        loggers = opened(["wandb"], tmp_path, **options)
+        for step in steps_logged:
+            loggers.log(step, METRICS)
+        loggers.close()
+    assert warnings(tmp_path) == []
+    first, second, third = inits
+    assert first["id"] != second["id"] == third["id"]
+    assert first["group"] == second["group"] == third["group"] == first["id"]
+    assert second["config"]["grpo_resumed_from"] == {"run": first["id"], "step": 1}
+    assert "grpo_resumed_from" not in first["config"]
+
+
+def recorded_inits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What wandb.init is called with from now on; it is called all the same."""
+    wandb = importlib.import_module("wandb")
+    real, calls = wandb.init, list[dict[str, Any]]()
+
+    def init(**options: Any) -> Any:
+        calls.append(options)
+        return real(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    return calls
 
 
 class _Without:

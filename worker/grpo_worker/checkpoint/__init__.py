@@ -10,8 +10,8 @@ from grpo_worker.checkpoint.manifest import Manifest, read_manifest, verify, wri
 from grpo_worker.checkpoint.preflight import preflight
 from grpo_worker.checkpoint.prune import prune
 from grpo_worker.checkpoint.resume import ResumeDecision, ResumePoint, SkippedCheckpoint, find_resume
-from grpo_worker.checkpoint.storage import CheckpointStorageError, storage_errors
 from grpo_worker.checkpoint.transaction import CheckpointTransaction, remove_leftovers
+from grpo_worker.storage import CheckpointStorageError, storage_errors
 
 __all__ = [
     "CheckpointName",

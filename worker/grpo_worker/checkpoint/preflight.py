@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grpo_worker.checkpoint.files import DIRECTORY_MODE
 from grpo_worker.checkpoint.layout import TEMPORARY_PREFIX
-from grpo_worker.checkpoint.storage import CheckpointStorageError, free_bytes, gib, storage_errors
+from grpo_worker.storage import CheckpointStorageError, free_bytes, gib, storage_errors
 
 
 def preflight(root: Path, needed_bytes: int) -> None:

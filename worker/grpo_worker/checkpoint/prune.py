@@ -13,8 +13,8 @@ from pathlib import Path
 from grpo_worker.checkpoint.layout import TEMPORARY_PREFIX, latest, list_checkpoints
 from grpo_worker.checkpoint.manifest import verify
 from grpo_worker.checkpoint.resume import AUTO, named_checkpoint, newest_first
-from grpo_worker.checkpoint.storage import storage_errors
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
+from grpo_worker.storage import storage_errors
 
 
 def to_remove(newest_first: Sequence[str], kept: Collection[str], keep_last: int) -> list[str]:

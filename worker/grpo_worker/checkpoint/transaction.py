@@ -25,8 +25,8 @@ from grpo_worker.checkpoint.layout import (
     set_latest,
 )
 from grpo_worker.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from grpo_worker.checkpoint.storage import CheckpointStorageError, storage_errors
 from grpo_worker.errors import CheckpointDamagedError, ConfigError
+from grpo_worker.storage import CheckpointStorageError, storage_errors
 
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _AT_FDCWD = -100

@@ -25,7 +25,6 @@ from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
-from grpo_worker.coordinator.records import StepRecords
 from grpo_worker.coordinator.run_log import RunLog
 from grpo_worker.coordinator.run_state import check_same_model, describe_model
 from grpo_worker.coordinator.saver import Saver
@@ -40,7 +39,7 @@ from grpo_worker.data.order import Cursor
 from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
 from grpo_worker.environment import RESUME
 from grpo_worker.functions import load_function
-from grpo_worker.metric_loggers import EventLog, open_loggers
+from grpo_worker.metric_loggers import EventLog, StepFile, open_loggers, set_aside
 from grpo_worker.model_files import parameter_count, resolve_model
 from grpo_worker.protocol.messages import Sampling
 from grpo_worker.rewards.pool import RewardPool
@@ -211,8 +210,14 @@ def _schedule(spec: Spec, data: BlockDataset, cursor: Cursor, step: int) -> Sche
 
 
 def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) -> RunLog:
-    """`keep`: the step after which earlier records are cut off; -1: all of them."""
+    """`keep`: the step after which earlier records are set aside; -1: all of them."""
     trainer, directory = job.spec.trainer, outside.directory
+    if lost := set_aside([directory.metrics, directory.ledger, directory.samples], keep):
+        names = ", ".join(path.name for path in lost.files)
+        why = f"going on from step {keep}" if keep >= 0 else "starting anew in a directory that holds an earlier run"
+        outside.events.emit(
+            "warning", "RecordsSetAside", f"{why}: records of steps {lost.first} to {lost.last} are kept in {names}"
+        )
     loggers = open_loggers(
         trainer.loggers,
         directory.root,
@@ -220,12 +225,11 @@ def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) ->
         trainer.experiment_name or job.name,
         written_document(job),
         keep,
+        lost=lost,
         total_steps=total_steps,
         events=outside.events,
     )
-    return RunLog(
-        loggers, StepRecords(directory.ledger, keep), StepRecords(directory.samples, keep), trainer.log_samples
-    )
+    return RunLog(loggers, StepFile(directory.ledger), StepFile(directory.samples), trainer.log_samples)
 
 
 def _dispatchers(outside: Outside, setup: AgentSetup | None) -> MakeDispatcher:

@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_worker.coordinator.groups import Group, Sample
-from grpo_worker.coordinator.records import StepRecords
 from grpo_worker.coordinator.schedule import Batch
-from grpo_worker.metric_loggers import MetricLoggers
+from grpo_worker.metric_loggers import MetricLoggers, StepFile
 
 
 class RunLog:
     """One call an occasion; `metrics` may be written again for the same step."""
 
-    def __init__(self, loggers: MetricLoggers, ledger: StepRecords, samples: StepRecords, samples_kept: int) -> None:
+    def __init__(self, loggers: MetricLoggers, ledger: StepFile, samples: StepFile, samples_kept: int) -> None:
         """`samples_kept`: completions of each step and each validation."""
         self._loggers = loggers
         self._ledger = ledger

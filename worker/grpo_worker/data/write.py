@@ -5,8 +5,6 @@ groups, so the loader's shuffle by block mixes all of the data and its memory st
 unless overwriting it is asked for.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +12,7 @@ import pyarrow.parquet as pq
 
 from grpo_worker.data.order import file_order
 from grpo_worker.errors import ConfigError, UsageError
+from grpo_worker.storage import whole_file
 
 ROW_GROUP_ROWS = 1024
 
@@ -38,17 +37,7 @@ def write_shuffled(
     shuffled = table.take(pa.array(file_order(table.num_rows, seed)))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                pq.write_table(shuffled, file, row_group_size=row_group_rows, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes files that only their owner reads; other pods and users read data.
-            os.chmod(name, 0o644)
-            os.replace(name, output)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with whole_file(output) as temporary:
+            pq.write_table(shuffled, temporary, row_group_size=row_group_rows, compression="zstd")
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}. Choose another place.") from error

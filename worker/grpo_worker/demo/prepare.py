@@ -23,6 +23,7 @@ from grpo_worker.demo.tasks import Problem, split_problems, worked_response
 from grpo_worker.demo.tokenizer import build_tokenizer
 from grpo_worker.demo.warmup import Recipe, accuracy, greedy_responses, warm_up
 from grpo_worker.errors import ConfigError, DataError
+from grpo_worker.storage import whole_file
 
 TRAIN_PROBLEMS = 1280
 HELD_OUT_PROBLEMS = 256
@@ -81,9 +82,8 @@ def prepare_demo(
             "start_accuracy": start_accuracy,
             "files": {path.relative_to(directory).as_posix(): checksum_file(path) for path in made},
         }
-        temporary = directory / f".tmp-{STAMP_FILE}"
-        temporary.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, directory / STAMP_FILE)
+        with whole_file(directory / STAMP_FILE) as temporary:
+            temporary.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{directory}: the demo cannot be written: {error}. Choose another directory.") from error
     finally:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from grpo_worker.errors import ConfigError
 from grpo_worker.metric_loggers.console import ConsoleLogger
 from grpo_worker.metric_loggers.events import EventLog
-from grpo_worker.metric_loggers.jsonl import JsonlLogger
+from grpo_worker.metric_loggers.step_files import JsonlLogger, SetAside
 
 KNOWN = ("console", "jsonl", "tensorboard", "wandb")
 
@@ -72,6 +72,7 @@ def open_loggers(
     config: Mapping[str, Any],
     resume_step: int,
     *,
+    lost: SetAside | None = None,
     total_steps: int | None = None,
     events: EventLog | None = None,
 ) -> MetricLoggers:
@@ -79,6 +80,7 @@ def open_loggers(
 
     Args:
         resume_step: the last step whose metrics are kept; 0 keeps only the validation before training, -1 nothing.
+        lost: what was logged after that step before, and has been set aside.
         total_steps: shown by the console logger.
         events: where failures are told; default `<run_dir>/events.jsonl`.
 
@@ -90,9 +92,9 @@ def open_loggers(
     events = events or EventLog(run_dir / "events.jsonl", "coordinator")
     openers: dict[str, Callable[[], MetricLogger]] = {
         "console": lambda: ConsoleLogger(total_steps),
-        "jsonl": lambda: JsonlLogger(run_dir, resume_step),
+        "jsonl": lambda: JsonlLogger(run_dir),
         "tensorboard": lambda: _open_tensorboard(run_dir, experiment, resume_step),
-        "wandb": lambda: _open_wandb(run_dir, project, experiment, config, resume_step),
+        "wandb": lambda: _open_wandb(run_dir, project, experiment, config, resume_step, lost),
     }
     opened = MetricLoggers([], events)
     for name in dict.fromkeys(names):
@@ -117,8 +119,8 @@ def _open_tensorboard(run_dir: Path, experiment: str, resume_step: int) -> Metri
 
 
 def _open_wandb(
-    run_dir: Path, project: str, experiment: str, config: Mapping[str, Any], resume_step: int
+    run_dir: Path, project: str, experiment: str, config: Mapping[str, Any], resume_step: int, lost: SetAside | None
 ) -> MetricLogger:
     from grpo_worker.metric_loggers.wandb import WandbLogger
 
-    return WandbLogger(run_dir, project, experiment, config, resume_step)
+    return WandbLogger(run_dir, project, experiment, config, resume_step, lost is not None)

@@ -1,6 +1,7 @@
 """Weights & Biases, online or with WANDB_MODE=offline.
 
-Invariant: one run directory is one wandb run, whose id is kept in the directory; no call to wandb waits longer than its limit.
+Invariants: a wandb run never shows steps that the training went back from: a resume that lost steps begins another wandb run, in the group
+of the first. The id of the present one is kept in the run directory. No call to wandb waits longer than its limit.
 """
 
 import importlib
@@ -18,25 +19,38 @@ FINISH_TIMEOUT_SECONDS = 60.0
 
 
 class WandbLogger:
-    """Logs to the run whose id `<run_dir>/wandb_run_id` holds; a run that starts from step 0 gets a new id.
+    """Logs to the run whose id `<run_dir>/wandb_run_id` holds, when it goes on where that run ended; else to a new one.
 
-    A step that wandb has already (logged after the checkpoint that the run resumed from) is ignored by wandb.
+    wandb keeps what it has, and ignores a step that is logged twice. To rewind a run takes its server, so it would not work offline.
     """
 
     name = "wandb"
 
     def __init__(
-        self, run_dir: Path, project: str, experiment: str, config: Mapping[str, Any], resume_step: int
+        self,
+        run_dir: Path,
+        project: str,
+        experiment: str,
+        config: Mapping[str, Any],
+        resume_step: int,
+        branches: bool = False,
     ) -> None:
+        """`branches`: steps after `resume_step` were logged before, and are lost."""
         wandb = _import_wandb()
+        ids = _run_ids(run_dir) if resume_step > 0 else []
+        resumed_from = {"grpo_resumed_from": {"run": ids[-1], "step": resume_step}} if ids and branches else {}
+        if not ids or branches:
+            ids.append(uuid.uuid4().hex[:12])
+            (run_dir / RUN_ID_FILE).write_text("\n".join(ids) + "\n", encoding="utf-8")
         try:
             self._run = wandb.init(
                 project=project,
                 name=experiment,
-                id=_run_id(run_dir, resume_step),
+                id=ids[-1],
+                group=ids[0],
                 resume="allow",
                 dir=str(run_dir),
-                config=dict(config),
+                config={**config, **resumed_from},
                 settings=wandb.Settings(init_timeout=START_TIMEOUT_SECONDS, silent=True),
             )
         except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
@@ -77,10 +91,7 @@ def _import_wandb() -> Any:
         ) from error
 
 
-def _run_id(run_dir: Path, resume_step: int) -> str:
+def _run_ids(run_dir: Path) -> list[str]:
+    """The wandb runs of this training, the present one last."""
     file = run_dir / RUN_ID_FILE
-    if resume_step > 0 and file.is_file() and (stored := file.read_text(encoding="utf-8").strip()):
-        return stored
-    run_id = uuid.uuid4().hex[:12]
-    file.write_text(run_id + "\n", encoding="utf-8")
-    return run_id
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []

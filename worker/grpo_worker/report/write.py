@@ -3,7 +3,6 @@
 Invariant: report.html and report.png appear whole or not at all, beside the run's other files.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from grpo_worker.report.page import render_page
 from grpo_worker.report.png import write_png
 from grpo_worker.report.run_data import read_run
 from grpo_worker.report.summary import summarize
+from grpo_worker.storage import whole_file
 
 
 def write_report(run_dir: Path) -> tuple[Path, Path]:
@@ -27,16 +27,14 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     summary = summarize(run)
     html_path, png_path = run_dir / "report.html", run_dir / "report.png"
     page = render_page(run, summary, charts)
-    _whole(html_path, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
-    _whole(png_path, lambda path: write_png(path, summary.headline, charts))
+    _write(html_path, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
+    _write(png_path, lambda path: write_png(path, summary.headline, charts))
     return html_path, png_path
 
 
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            write(temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(f"{path}: {error.strerror}. Free space or make the run directory writable.") from error

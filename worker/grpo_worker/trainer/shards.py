@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from grpo_worker.checkpoint.files import make_directory, seal
 from grpo_worker.checkpoint.layout import ACTOR_DIRECTORY, STATE_DIRECTORY
 from grpo_worker.checkpoint.manifest import read_manifest
-from grpo_worker.checkpoint.storage import as_storage_error, free_bytes
 from grpo_worker.errors import CheckpointDamagedError, GRPOError, StalledError
 from grpo_worker.protocol.messages import SaveStatusReply
+from grpo_worker.storage import as_storage_error, free_bytes
 from grpo_worker.trainer.distributed import Ranks, seed_everything
 from grpo_worker.trainer.failures import OperationRefused, damaged, root_cause
 from grpo_worker.trainer.hf_format import write_model
