@@ -22,7 +22,7 @@ import torch
 
 from grpo_worker.config.job import Spec
 from grpo_worker.trainer.distributed import Ranks, join, leave
-from grpo_worker.trainer.model import PolicyModel, build_policy, load_language_model
+from grpo_worker.trainer.model import PolicyModel, build_policy
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.shards import ShardStore
@@ -58,7 +58,7 @@ def build(model_directory: Path, ranks: Ranks) -> tuple[PolicyModel, ShardStore]
     """The trainer's model, optimizer states and store of shards."""
     data = {"maxPromptLength": 64, "maxResponseLength": 64}
     options = TrainerOptions(Spec.model_validate({"model": {"path": str(model_directory)}, "data": data}), "cpu")
-    model = build_policy(load_language_model(options), options, ranks.mesh)
+    model = build_policy(options, ranks.mesh)
     optimizer = PolicyOptimizer(model, options.spec.actor.optim, ranks, offload=False)
     return model, ShardStore(model, optimizer, ranks, torch.float32, model_directory, 0, LIMIT_SECONDS)
 

@@ -19,6 +19,7 @@ from grpo_worker.trainer.distributed import Ranks, join, leave
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused
 from grpo_worker.trainer.main import run_rank
+from grpo_worker.trainer.model import build_policy
 
 LENGTHS = [(5, 7), (3, 20), (10, 4), (6, 6), (2, 1), (4, 11), (8, 3), (1, 9)]
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
@@ -130,6 +131,22 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
+def high_water_bytes() -> int:
+    """The most memory that this process had resident since it last wrote 5 to clear_refs."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def loading(model: Path, ranks: Ranks, _: Path) -> list[int]:
+    """Bytes that each rank takes at most, over what it had, while the model is built and loaded."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water_bytes()
+    build_policy(options_for(model), ranks.mesh)
+    peaks: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(peaks, high_water_bytes() - before)
+    return peaks
+
+
 def main() -> None:
     model, output, *scenarios = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     if scenarios == ["serve"]:
@@ -144,7 +161,13 @@ def main() -> None:
     results = {}
     for scenario in scenarios:
         name, _, checkpoint = scenario.partition("=")
-        run = {"gradients": gradients, "straight": straight, "resumed": resumed, "damaged": damaged}[name]
+        run = {
+            "gradients": gradients,
+            "straight": straight,
+            "resumed": resumed,
+            "damaged": damaged,
+            "loading": loading,
+        }[name]
         results[scenario] = run(model, ranks, Path(checkpoint))
     if ranks.is_first:
         torch.save(results, output)

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_helpers import options_for, save_tiny_model, sequences_of, single_rank
+from transformers import AutoModelForCausalLM
 
 from grpo_worker.trainer.mfu import ModelFlops, device_peak, peak_flops
-from grpo_worker.trainer.model import build_policy, load_language_model
+from grpo_worker.trainer.model import build_policy
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.update import TrainerState, Updater
 from grpo_worker.trainer.user_loss import policy_loss
@@ -22,9 +23,9 @@ TIED = 2 * LAYER + 64 * 64 + 64  # the head, and the last norm
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_parameters_are_those_that_tokens_are_multiplied_with(tmp_path: Path, tied: bool) -> None:
     options = options_for(save_tiny_model(tmp_path, tied=tied))
-    whole = ModelFlops.of(load_language_model(options))
+    whole = ModelFlops.of(AutoModelForCausalLM.from_pretrained(options.spec.model.path))
     assert whole == ModelFlops(parameters=TIED, layers=2, heads=4, head_size=32)
-    policy = build_policy(load_language_model(options), options, single_rank().mesh)
+    policy = build_policy(options, single_rank().mesh)
     assert ModelFlops.of(policy.lm) == whole  # sharded as well
 
 
@@ -60,7 +61,7 @@ def test_without_a_known_peak_there_is_no_utilization(tmp_path: Path) -> None:
         options_for(save_tiny_model(tmp_path), actor={"ppoEpochs": 2, "optim": {"lr": 1e-3}}),
         single_rank(),
     )
-    policy = build_policy(load_language_model(options), options, ranks.mesh)
+    policy = build_policy(options, ranks.mesh)
     optimizer = PolicyOptimizer(policy, options.spec.actor.optim, ranks, offload=False)
     updater = Updater(policy, optimizer, options, ranks, policy_loss("vanilla"), TrainerState())
     lengths = [(5, 7), (3, 20), (10, 4)]

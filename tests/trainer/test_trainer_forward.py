@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from grpo_worker.errors import ConfigError, DataError
 from grpo_worker.trainer.batch import Sequences
 from grpo_worker.trainer.engine import TrainerEngine
-from grpo_worker.trainer.model import PolicyModel, build_policy, load_language_model, named_parameters
+from grpo_worker.trainer.model import PolicyModel, build_policy, named_parameters
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.update import compute_log_probs
 
@@ -19,7 +19,7 @@ LENGTHS = [(5, 7), (3, 40), (10, 4), (6, 6), (1, 1), (2, 30)]
 
 
 def policy(options: TrainerOptions) -> PolicyModel:
-    return build_policy(load_language_model(options), options, single_rank().mesh)
+    return build_policy(options, single_rank().mesh)
 
 
 def log_probs_of(model: PolicyModel, sequences: Sequences, options: TrainerOptions) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +71,7 @@ def test_parameter_names_are_the_checkpoints(tmp_path: Path) -> None:
 
 def test_a_missing_model_names_its_path(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.path.*nowhere"):
-        load_language_model(options_for(tmp_path / "nowhere"))
+        policy(options_for(tmp_path / "nowhere"))
 
 
 def test_an_attention_window_is_right_with_padding(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_a_rank_without_a_sequence_changes_nothing(model: Path, on_two_ranks: An
     assert relative_difference(on_two_ranks["gradients"]["padding"][0][0], gradients[0]) < 1e-6
 
 
+def test_a_rank_never_holds_much_more_than_its_shard_while_it_loads(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 16384}
+    large = save_tiny_model(tmp_path / "model", num_attention_heads=8, num_key_value_heads=8, head_dim=128, **sizes)
+    model_bytes = (large / "model.safetensors").stat().st_size
+    peaks = run(large, tmp_path / "result.pt", 2, ["loading"])["loading"]
+    print(f"model {model_bytes / 1e6:.0f} MB, at most {[round(peak / 1e6) for peak in peaks]} MB a rank")
+    assert model_bytes > 400e6
+    assert max(peaks) < 0.7 * model_bytes  # the shard is half of it
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_steps_save_load_steps_equal_unbroken_steps_bit_for_bit(
     unbroken: dict[int, Any], again: dict[str, Any], ranks: int

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_worker.errors import DataError
 from grpo_worker.trainer.batch import Sequences
-from grpo_worker.trainer.model import build_policy, load_language_model
+from grpo_worker.trainer.model import build_policy
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.update import TrainerState, Updater
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def updater_for(options: TrainerOptions) -> Updater:
     actor, ranks = options.spec.actor, single_rank()
-    policy = build_policy(load_language_model(options), options, ranks.mesh, param_offload=actor.fsdp.param_offload)
+    policy = build_policy(options, ranks.mesh, param_offload=actor.fsdp.param_offload)
     optimizer = PolicyOptimizer(policy, actor.optim, ranks, actor.fsdp.optimizer_offload)
     return Updater(policy, optimizer, options, ranks, policy_loss(actor.loss_mode), TrainerState())
 

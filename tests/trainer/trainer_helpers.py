@@ -13,7 +13,7 @@ from grpo_worker.config.job import Spec
 from grpo_worker.protocol.messages import Array, TrainBatch
 from grpo_worker.trainer.batch import Sequences
 from grpo_worker.trainer.distributed import Ranks, join
-from grpo_worker.trainer.model import PolicyModel, build_policy, load_language_model, named_parameters
+from grpo_worker.trainer.model import PolicyModel, build_policy, named_parameters
 from grpo_worker.trainer.optimizer import PolicyOptimizer, StepResult
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.update import TrainerState, Updater
@@ -124,7 +124,7 @@ def recorded_update(
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, float]]:
     """(whole gradients of each optimizer update, metrics) of one training step from the saved model."""
     actor = options.spec.actor
-    model = build_policy(load_language_model(options), options, ranks.mesh, param_offload=actor.fsdp.param_offload)
+    model = build_policy(options, ranks.mesh, param_offload=actor.fsdp.param_offload)
     optimizer = RecordingOptimizer(model, actor.optim, ranks, actor.fsdp.optimizer_offload)
     updater = Updater(model, optimizer, options, ranks, policy_loss(actor.loss_mode), TrainerState())
     metrics = updater.update(sequences, step=1)

@@ -38,7 +38,6 @@ from grpo_worker.trainer.model import (
     build_policy,
     check_length,
     load_config,
-    load_language_model,
     set_float32_precision,
 )
 from grpo_worker.trainer.optimizer import PolicyOptimizer
@@ -68,18 +67,11 @@ class TrainerEngine:
         check_length(config, options)
         scale = check_model(config, spec.model.use_remove_padding, options.max_sequence_tokens)
         offload = spec.actor.fsdp
-        self.model = build_policy(
-            load_language_model(options),
-            options,
-            ranks.mesh,
-            logit_scale=scale,
-            param_offload=offload.param_offload,
-        )
+        self.model = build_policy(options, ranks.mesh, logit_scale=scale, param_offload=offload.param_offload)
         # The reference is the model that training began with, never a checkpoint's.
         self.reference: PolicyModel | None = None
         if options.reference:
             self.reference = build_policy(
-                load_language_model(options),
                 options,
                 ranks.mesh,
                 logit_scale=scale,

@@ -28,6 +28,7 @@ from grpo_worker.errors import ConfigError, DataError, one_line
 from grpo_worker.model_files import CONFIG_FILE
 from grpo_worker.trainer import attention
 from grpo_worker.trainer.batch import MicroBatch
+from grpo_worker.trainer.loading import load_shards, without_weights
 from grpo_worker.trainer.logprobs import EAGER, ChunkKernels, chunked_log_probs
 from grpo_worker.trainer.options import TrainerOptions
 
@@ -110,21 +111,7 @@ def check_length(config: PreTrainedConfig, options: TrainerOptions) -> None:
         )
 
 
-def load_language_model(options: TrainerOptions) -> PreTrainedModel:
-    """The model in the checkpoint's dtype on the CPU. Raises DataError when it is missing."""
-    directory = options.model_directory
-    implementation = attention_implementation(load_config(directory), options.spec.model.use_remove_padding)
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", attn_implementation=implementation, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(f"model.path: {directory} does not load: {one_line(error)}") from error
-    return lm.eval()
-
-
 def build_policy(
-    lm: PreTrainedModel,
     options: TrainerOptions,
     mesh: DeviceMesh,
     *,
@@ -132,14 +119,20 @@ def build_policy(
     trainable: bool = True,
     param_offload: bool = False,
 ) -> PolicyModel:
-    """Shard `lm` over `mesh`, layer by layer: at no time is more than one layer whole in float32 on the device.
+    """The model of `options`, sharded over `mesh`, each rank's rows read from the files. Raises DataError.
 
     A model that is not trainable is kept in the compute dtype (it is cast to that for use anyway).
     """
     section, compute_dtype = options.spec.model, options.compute_dtype
     stored_dtype = torch.float32 if trainable else compute_dtype
+    config = load_config(options.model_directory)
+    implementation = attention_implementation(config, section.use_remove_padding)
+    with without_weights():
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
     kernels = ChunkKernels(options.compile)
-    model = PolicyModel(lm, section.use_remove_padding, options.chunk_tokens, logit_scale, kernels)
+    model = PolicyModel(lm.eval(), section.use_remove_padding, options.chunk_tokens, logit_scale, kernels)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies are float32 whatever the weights are
+        parameter.data = parameter.data.to(stored_dtype)
     model.requires_grad_(trainable)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=options.device == "cuda") if param_offload else OffloadPolicy()
@@ -147,10 +140,9 @@ def build_policy(
     reshard = mesh.size() > 1 or param_offload
     wrap_layers(model, options.compile, section.enable_gradient_checkpointing and trainable)
     for layer in model.layers:
-        layer.to(stored_dtype)
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-    model.to(stored_dtype)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    load_shards(model, options.model_directory, torch.device("cpu" if param_offload else options.device), PREFIX)
     if mesh.size() > 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -73,13 +73,10 @@ class Specimen:
                 failures.append(_words(error))
         else:
             raise ConfigError(
-                f"model.path: {config.model_type} cannot be tried out ({'; '.join(failures)}), so nobody knows whether it "
+                f"model.path: {config.model_type} cannot be tried out ({'; '.join(dict.fromkeys(failures))}), so nobody knows whether it "
                 "would be trained right. Choose a model of docs/models.md."
             )
-        try:
-            self.logit_scale = logit_scale(config)
-        except Exception:
-            self.logit_scale = 1.0  # the comparison says whether that is right
+        self.logit_scale, self.own_logit_scale = logit_scale(config), logit_scale(self.config)
 
     def build(self, implementation: str) -> PreTrainedModel:
         lm = AutoModelForCausalLM.from_config(self.config, attn_implementation=implementation, dtype=torch.float32)
@@ -90,7 +87,7 @@ class Specimen:
         try:
             lm = self.build(attention_implementation(self.config, packed))
             lm.load_state_dict(self.parameters)
-            model = PolicyModel(lm, packed, CHUNK_TOKENS, self.logit_scale)
+            model = PolicyModel(lm, packed, CHUNK_TOKENS, self.own_logit_scale)
             wrap_layers(model, compile=False, checkpointed=True)
             batch = collate(self.sequences, range(self.sequences.count), packed, torch.device("cpu"))
             log_probs, _ = model(batch, 1.0)
@@ -132,19 +129,22 @@ def check_model(config: PreTrainedConfig, packed: bool, longest_tokens: int) -> 
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """s in logits = s * (hidden @ head.T), at the model's real width: 1 for most, 1/8 for Granite.
+    """s in logits = s * (hidden @ head.T), at the configuration's width: 1 for most, 1/8 for Granite.
 
-    Also 1 for a head that does anything else (a soft cap, a bias): it fails the comparison.
+    Also 1 for a head that does anything else (a soft cap, a bias) or cannot be tried alone: the comparison tells.
     """
-    lm: Any = _on_meta(tiny_copy(config, longest_tokens=1, narrow=False))
-    head = lm.get_output_embeddings()
-    for name, parameter in list(head.named_parameters()):
-        setattr(head, name, nn.Parameter(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5, False))
-    hidden: Any = torch.randn(1, 2, head.weight.shape[1])
-    lm.base_model.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
-    with torch.no_grad():
-        logits = lm(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-        product = hidden @ head.weight.t()
+    try:
+        lm: Any = _on_meta(tiny_copy(config, longest_tokens=1, narrow=False))
+        head = lm.get_output_embeddings()
+        for name, parameter in list(head.named_parameters()):
+            setattr(head, name, nn.Parameter(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5, False))
+        hidden: Any = torch.randn(1, 2, head.weight.shape[1])
+        lm.base_model.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+        with torch.no_grad():
+            logits = lm(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+            product = hidden @ head.weight.t()
+    except Exception:  # whatever a foreign model's code raises
+        return 1.0
     scale = float((logits * product).sum() / product.square().sum())
     return scale if torch.allclose(logits, scale * product, rtol=1e-4, atol=1e-6) else 1.0
 
