@@ -430,8 +430,18 @@ async def test_a_resumed_run_without_signal_keeps_what_it_had(stage: Stage) -> N
     assert events(stage, "Succeeded")[-1] == "finished 4 steps"
 
 
-async def test_a_run_whose_updates_were_all_skipped_has_failed(stage: Stage) -> None:
-    """Without dynamic sampling every step trains, on advantages of 0: the trainer skips what has no gradient."""
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("    return 0.0\n", r"all 96 samples scored 0\."),
+        (
+            "    score.calls = getattr(score, 'calls', 0) + 1\n    return float(score.calls % 2)\n",
+            r"the scores of 48 groups differed, .*not finite",
+        ),
+    ],
+)
+async def test_a_run_whose_updates_were_all_skipped_has_failed(stage: Stage, body: str, words: str) -> None:
+    """Without dynamic sampling every step trains, be it on advantages of 0: the trainer skips what has no gradient."""
     async with stage.members(Engine("rollout-0")):
         update = stage.trainer.update
 
@@ -440,10 +450,8 @@ async def test_a_run_whose_updates_were_all_skipped_has_failed(stage: Stage) -> 
             return UpdateReply(metrics={"actor/skipped_updates": 2.0 * request.step})
 
         stage.trainer.answers[UpdateRequest] = skipped
-        with pytest.raises(
-            DataError, match=r"none of the run's 24 updates changed the weights.*all 96 samples scored 0\."
-        ):
-            await stage.train(stage.job(reward=scoring(stage, "    return 0.0\n")))
+        with pytest.raises(DataError, match=rf"none of the run's 24 updates changed the weights.*{words}"):
+            await stage.train(stage.job(reward=scoring(stage, body)))
     assert checkpoints(stage)[-1] == 12  # saved all the same
     assert coordinator_state(stage, 12)["updates"] == 24
     assert not any(isinstance(call, SaveReply) for call in stage.trainer.calls)

@@ -21,7 +21,6 @@ from grpo_worker.coordinator.timing import Timer
 from grpo_worker.coordinator.validation import MakeDispatcher
 from grpo_worker.errors import StalledError
 
-
 # Of failurePolicy.stallTimeoutSeconds: a supervisor restarts the job after all of it, and what was learned has to be saved before.
 STALL_SHARE = 0.8
 

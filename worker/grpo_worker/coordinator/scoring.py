@@ -22,20 +22,29 @@ from grpo_worker.rewards.pool import RewardOutcome, RewardPool
 
 @dataclass
 class ScoreRange:
-    """Lowest and highest score of so many samples: what there is to say when nothing could be learned from them."""
+    """Lowest and highest score of so many samples, and how many groups had different ones: what there is to say when nothing could be
+    learned from them."""
 
     samples: int = 0
+    varied: int = 0
     lowest: float = math.inf
     highest: float = -math.inf
 
     def add(self, groups: Iterable[Group]) -> Self:
-        scores = [sample.reward.score for group in groups for sample in group.samples if sample.reward]
-        self.samples += len(scores)
-        self.lowest, self.highest = min([self.lowest, *scores]), max([self.highest, *scores])
+        for group in groups:
+            scores = [sample.reward.score for sample in group.samples if sample.reward]
+            self.samples += len(scores)
+            self.varied += bool(scores) and has_signal(scores)
+            self.lowest, self.highest = min([self.lowest, *scores]), max([self.highest, *scores])
         return self
 
     def verdict(self) -> str:
         """The scores in words, and what to look at."""
+        if self.varied:
+            return (
+                f"the scores of {self.varied} groups differed, so the cause is another: gradients that are not finite (actor/grad_norm; "
+                "actor.optim.lr), or responses that were rejected whole (algorithm.rolloutCorrection)."
+            )
         if self.lowest < self.highest:
             return (
                 f"the {self.samples} samples scored from {self.lowest:g} to {self.highest:g}, but those of one prompt always the same. "
