@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from trainer_helpers import (
-    batch_message,
     options_for,
     recorded_update,
     relative_difference,
@@ -20,7 +19,8 @@ from trainer_helpers import (
 from transformers import AutoModelForCausalLM
 
 from grpo_worker.errors import DataError
-from grpo_worker.trainer.batch import Sequences
+from grpo_worker.trainer import update
+from grpo_worker.trainer.batch import Sequences, collate
 from grpo_worker.trainer.model import build_policy
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
@@ -161,22 +161,28 @@ def test_the_learning_rate_ends_with_the_run_whatever_its_steps_had(model: Path)
     assert rates == pytest.approx([1e-3 * (7 / 8 + 6 / 8) / 2, 1e-3 * 4 / 7, 1e-3 * (1 / 5 + 0) / 2])
 
 
+def part_of(whole: Sequences, kept: list[int], mini_batches: list[int]) -> Sequences:
+    """The sequences `kept` as a batch of their own."""
+
+    def cut(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        return np.concatenate([values[offsets[i] : offsets[i + 1]] for i in kept])
+
+    prompts, responses = whole.prompt_lengths[kept], whole.response_lengths[kept]
+    return Sequences(
+        prompts,
+        responses,
+        cut(whole.token_ids, whole.token_offsets),
+        np.concatenate([[0], np.cumsum(prompts + responses)]),
+        np.concatenate([[0], np.cumsum(responses)]),
+        cut(whole.response_mask, whole.response_offsets),
+        {name: cut(values, whole.response_offsets) for name, values in whole.values.items()},
+        mini_batches,
+    )
+
+
 def test_mini_batches_are_normalised_apart(model: Path) -> None:
     both, _ = recorded_update(options_for(model), sequences_of(LENGTHS, mini_batches=[3, 5]), single_rank())
-    message = batch_message(LENGTHS)
-    prompts, responses = message.prompt_lengths.numpy(), message.response_lengths.numpy()
-    tokens, answer = int((prompts + responses)[:3].sum()), int(responses[:3].sum())
-    whole = Sequences.of(message)
-    first = Sequences(
-        whole.prompt_lengths[:3],
-        whole.response_lengths[:3],
-        whole.token_ids[:tokens],
-        whole.token_offsets[:4],
-        whole.response_offsets[:4],
-        whole.response_mask[:answer],
-        {name: values[:answer] for name, values in whole.values.items()},
-        [3],
-    )
+    first = part_of(sequences_of(LENGTHS), [0, 1, 2], [3])
     alone, _ = recorded_update(options_for(model), first, single_rank())
     assert relative_difference(both[0], alone[0]) < 1e-6
 
@@ -217,6 +223,75 @@ def test_a_mini_batch_that_is_masked_whole_moves_no_weight(model: Path) -> None:
     sequences.response_mask[:] = 0
     assert updater.update(sequences, 2)["actor/skipped_updates"] == 1
     assert all(torch.equal(before[name], value) for name, value in whole_parameters(updater.model).items())
+
+
+SILENT = [1, 2, 5]  # sequences whose advantage is zero
+
+
+def with_silent(seed: int = 0, mini_batches: list[int] | None = None) -> Sequences:
+    sequences = sequences_of(LENGTHS, seed=seed, mini_batches=mini_batches)
+    for i in SILENT:
+        sequences.values["advantages"][sequences.response_offsets[i] : sequences.response_offsets[i + 1]] = 0.0
+    return sequences
+
+
+def computed_sequences(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the number of sequences of each forward pass."""
+    counts: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        batch = collate(*arguments)
+        counts.append(len(batch.lengths))
+        return batch
+
+    monkeypatch.setattr(update, "collate", counted)
+    return counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", ["vanilla", "gspo", "cispo"])
+def test_sequences_without_advantage_are_left_out_of_the_update_and_change_nothing(
+    model: Path, mode: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, sequences = options_for(model, actor={"lossAggMode": mode, "lossMode": loss}), with_silent()
+    counts = computed_sequences(monkeypatch)
+    (gradient,), metrics = recorded_update(options, sequences, single_rank())
+    assert sum(counts) == metrics["actor/trained_sequences"] == len(LENGTHS) - len(SILENT)
+    monkeypatch.setattr(Updater, "_trained", lambda _, sequences: np.ones(sequences.count, dtype=bool))
+    (whole,), whole_metrics = recorded_update(options, sequences, single_rank())
+    assert sum(counts) == 2 * len(LENGTHS) - len(SILENT)
+    assert relative_difference(gradient, whole) < 1e-6
+    assert metrics["actor/pg_loss"] == pytest.approx(whole_metrics["actor/pg_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "term", [{"useKLLoss": True}, {"entropyCoeff": 0.01}, {"lossMode": "grpo_worker.algorithms.losses:vanilla"}]
+)
+def test_sequences_without_advantage_stay_where_another_term_may_move_them(model: Path, term: dict[str, Any]) -> None:
+    _, metrics = recorded_update(options_for(model, actor=term), with_silent(), single_rank())
+    assert metrics["actor/trained_sequences"] == len(LENGTHS)
+
+
+def test_metrics_are_over_the_sequences_that_were_computed(model: Path) -> None:
+    kept = [i for i in range(len(LENGTHS)) if i not in SILENT]
+    _, metrics = recorded_update(options_for(model), with_silent(mini_batches=[2, 6]), single_rank())
+    _, expected = recorded_update(options_for(model), part_of(with_silent(), kept, [1, 4]), single_rank())
+    for name in ("entropy", "ppo_kl", "pg_clipfrac", "pg_clipfrac_lower"):
+        assert metrics[f"actor/{name}"] == pytest.approx(expected[f"actor/{name}"], rel=1e-5), name
+
+
+def test_a_mini_batch_of_zero_advantages_is_a_skipped_update(model: Path) -> None:
+    updater = updater_for(options_for(model))
+    updater.update(sequences_of(LENGTHS), 1)  # momentum
+    before, moments = whole_parameters(updater.model), updater.optimizer.state()
+    first = {name: {key: value.clone() for key, value in state.items()} for name, state in moments.items()}
+    sequences = sequences_of(LENGTHS)
+    sequences.values["advantages"][:] = 0.0
+    metrics = updater.update(sequences, 2)
+    assert (metrics["actor/skipped_updates"], metrics["actor/trained_sequences"], updater.state.updates) == (1, 0, 2)
+    assert all(torch.equal(before[name], value) for name, value in whole_parameters(updater.model).items())
+    after = updater.optimizer.state()
+    assert all(torch.equal(after[name][key], value) for name, state in first.items() for key, value in state.items())
 
 
 def test_norms_have_no_weight_decay(model: Path) -> None:

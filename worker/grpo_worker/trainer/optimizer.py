@@ -71,9 +71,6 @@ class PolicyOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         return StepResult(norm, skipped)
 
-    def discard_gradients(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
-
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The live state tensors by parameter name; writing into them is loading."""
         return {name: dict(self.adamw.state[parameter]) for name, parameter in self.parameters.items()}

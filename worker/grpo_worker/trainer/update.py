@@ -3,12 +3,13 @@ without it.
 
 Invariant: the gradient of a mini-batch does not depend on how it was cut into micro-batches or spread over ranks:
 losses are divided by counts over the whole mini-batch, known to each rank from the message, and gradients are summed.
+Sequences whose gradient is exactly zero are counted and not computed.
 """
 
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from grpo_worker.algorithms.aggregation import LossNormalizer, total_loss
+from grpo_worker.algorithms.aggregation import LossNormalizer, aggregate, total_loss
 from grpo_worker.algorithms.kl import kl_penalty
-from grpo_worker.algorithms.losses import PolicyLoss, PolicyLossInputs, aggregation_of
+from grpo_worker.algorithms.losses import POLICY_LOSSES, PolicyLoss, PolicyLossInputs, aggregation_of
 from grpo_worker.config.actor import Ref
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.errors import DataError
@@ -55,7 +56,7 @@ def compute_log_probs(
     budget = limits.log_prob_max_token_len_per_gpu or options.spec.actor.token_budget
     plan = _plan(sequences.lengths, ranks, budget, limits.log_prob_micro_batch_size_per_gpu)
     with torch.no_grad():
-        for batch in _micro_batches(sequences, plan, range(sequences.count), options, ranks):
+        for batch in _micro_batches(sequences, plan, list(range(sequences.count)), options, ranks):
             log_probs, entropy = model(batch, options.spec.rollout.temperature)
             if not batch.empty:
                 result[:, torch.from_numpy(batch.response_index)] = torch.stack([log_probs, entropy]).cpu()
@@ -109,21 +110,27 @@ class Updater:
         facts: dict[str, list[float]] = defaultdict(list)
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        trained = self._trained(sequences)
         for _ in range(epochs):
             first = 0
             for count in sequences.mini_batch_sequences:
-                self._mini_batch(sequences, range(first, first + count), total_updates, sums, facts)
+                self._mini_batch(sequences, range(first, first + count), trained, total_updates, sums, facts)
                 first += count
         self.state.step = step
-        metrics = sum_dicts_over_ranks({name: float(value) / updates for name, value in sums.items()}, self.ranks)
+        computed = max(len(facts["perf/micro_batches"]), 1)  # mini-batches with something to learn from
+        means = {
+            name: float(value) / (updates if name == "actor/pg_loss" else computed) for name, value in sums.items()
+        }
+        metrics = sum_dicts_over_ranks(means, self.ranks)
         flops = sum(facts.pop("flops", []))
         metrics |= {name: float(np.mean(values)) for name, values in facts.items() if not name.startswith("timing_s/")}
         metrics |= {name: float(np.sum(values)) for name, values in facts.items() if name.startswith("timing_s/")}
         seconds = time.perf_counter() - started
+        metrics["actor/trained_sequences"] = float(trained.sum())
         metrics["actor/skipped_updates"] = float(self.state.skipped_updates)
         metrics["timing_s/trainer_update"] = seconds
         metrics["perf/update_tokens_per_second_per_gpu"] = (
-            epochs * sum(sequences.lengths) / seconds / self.ranks.world_size
+            epochs * int(np.dot(sequences.lengths, trained)) / seconds / self.ranks.world_size
         )
         if flops and self.peak_flops:
             metrics["perf/mfu/actor"] = flops / seconds / self.ranks.world_size / self.peak_flops
@@ -133,36 +140,31 @@ class Updater:
         self,
         sequences: Sequences,
         members: range,
+        trained: np.ndarray,
         total_updates: int,
         sums: dict[str, Tensor],
         facts: dict[str, list[float]],
     ) -> None:
         started = time.perf_counter()
-        lengths = sequences.lengths[members.start : members.stop]
         actor = self.options.spec.actor
-        plan = _plan(lengths, self.ranks, actor.token_budget, actor.ppo_micro_batch_size_per_gpu)
-        tokens, counted = _valid_counts(sequences, members)
-        normalizer = LossNormalizer(
-            mode=actor.loss_agg_mode,
-            global_tokens=tokens,
-            global_seqs=counted,
-            max_response_tokens=self.options.spec.data.max_response_length,
-        )
-        for batch in _micro_batches(sequences, plan, members, self.options, self.ranks):
-            self._forward_backward(batch, sequences, normalizer, sums)
         self.state.updates += 1
         lr = learning_rate(actor.optim, total_updates, self.state.updates)
+        facts["actor/lr"].append(lr)
+        computing = [i for i in members if trained[i]]
+        if not computing:  # nothing to learn from: momentum alone must not move the weights
+            self.state.skipped_updates += 1
+            return
+        lengths = [sequences.lengths[i] for i in computing]
+        plan = _plan(lengths, self.ranks, actor.token_budget, actor.ppo_micro_batch_size_per_gpu)
+        whole, part = (self._normalizer(sequences, some) for some in (members, computing))
+        for batch in _micro_batches(sequences, plan, computing, self.options, self.ranks):
+            self._forward_backward(batch, sequences, whole, part, sums)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         computed = time.perf_counter()
-        if tokens:
-            result = self.optimizer.step(lr)
-            facts["actor/grad_norm"].append(result.grad_norm)
-            self.state.skipped_updates += result.skipped
-        else:  # nothing to learn from: momentum alone must not move the weights
-            self.optimizer.discard_gradients()
-            self.state.skipped_updates += 1
-        facts["actor/lr"].append(lr)
+        result = self.optimizer.step(lr)
+        facts["actor/grad_norm"].append(result.grad_norm)
+        self.state.skipped_updates += result.skipped
         if self.flops:
             facts["flops"].append(self.flops.training(lengths))
         facts["timing_s/trainer_forward_backward"].append(computed - started)
@@ -171,9 +173,38 @@ class Updater:
         facts["perf/packing_efficiency"].append(packing_efficiency(plan, lengths, actor.token_budget))
         facts["perf/rank_imbalance"].append(rank_imbalance(plan, lengths))
 
+    def _trained(self, sequences: Sequences) -> np.ndarray:
+        """Which sequences have to be computed, bool [sequences]: not those whose every term of the loss has no gradient.
+
+        Our policy losses are products with the advantage and the importance weight. KL, entropy and a person's own loss may
+        have a gradient where these are zero.
+        """
+        actor, values = self.options.spec.actor, sequences.values
+        signal = sequences.response_mask > 0
+        if actor.loss_mode in POLICY_LOSSES and not actor.use_kl_loss and not actor.entropy_coeff:
+            signal = signal & (values["advantages"] != 0) & (values.get("is_weights", np.ones(1)) != 0)
+        return np.logical_or.reduceat(signal, sequences.response_offsets[:-1])
+
+    def _normalizer(self, sequences: Sequences, members: Iterable[int]) -> LossNormalizer:
+        """The counts of `members` of the mini-batch, over all ranks."""
+        valid = np.add.reduceat(sequences.response_mask > 0, sequences.response_offsets[:-1], dtype=np.int64)
+        counts = valid[list(members)]
+        return LossNormalizer(
+            mode=self.options.spec.actor.loss_agg_mode,
+            global_tokens=int(counts.sum()),
+            global_seqs=int((counts > 0).sum()),
+            max_response_tokens=self.options.spec.data.max_response_length,
+        )
+
     def _forward_backward(
-        self, batch: MicroBatch, sequences: Sequences, normalizer: LossNormalizer, sums: dict[str, Tensor]
+        self,
+        batch: MicroBatch,
+        sequences: Sequences,
+        normalizer: LossNormalizer,
+        computed: LossNormalizer,
+        sums: dict[str, Tensor],
     ) -> None:
+        """`normalizer` counts the whole mini-batch, for the loss; `computed` what is computed of it, for metrics."""
         log_probs, entropy = self.model(batch, self.options.spec.rollout.temperature)
         if batch.empty:
             (log_probs.sum() * 0.0).backward()
@@ -213,10 +244,11 @@ class Updater:
             entropy_coef=actor.entropy_coeff,
         )
         total.total.backward()
-        parts = {"actor/pg_loss": total.policy, "actor/entropy": total.entropy}
+        mean_entropy = aggregate(entropy.detach(), mask, batch.seq_ids, num_seqs, computed)
+        parts = {"actor/pg_loss": total.policy, "actor/entropy": mean_entropy}
         if actor.use_kl_loss:
             parts["actor/kl_loss"] = total.kl
-        tokens = max(normalizer.global_tokens, 1)
+        tokens = computed.global_tokens
         shares = {_metric_name(name): value / tokens for name, value in outcome.metrics.items()}
         for name, part in (parts | shares).items():
             sums[name] += part.detach()
@@ -250,7 +282,7 @@ def memory_metrics(ranks: Ranks) -> dict[str, float]:
 
 
 def _micro_batches(
-    sequences: Sequences, plan: PackingPlan, members: range, options: TrainerOptions, ranks: Ranks
+    sequences: Sequences, plan: PackingPlan, members: list[int], options: TrainerOptions, ranks: Ranks
 ) -> Iterator[MicroBatch]:
     for indices in plan.ranks[ranks.rank]:
         yield collate(sequences, [members[i] for i in indices], options.spec.model.use_remove_padding, ranks.device)
@@ -259,17 +291,6 @@ def _micro_batches(
 def _plan(lengths: list[int], ranks: Ranks, max_tokens: int, sequences: int | None) -> PackingPlan:
     """Micro-batches of `sequences` when that is given, else of up to `max_tokens`."""
     return plan_micro_batches(lengths, ranks.world_size, None if sequences else max_tokens, sequences)
-
-
-def _valid_counts(sequences: Sequences, members: range) -> tuple[int, int]:
-    """(valid tokens, sequences with at least one) of the mini-batch, over all ranks."""
-    start, end = sequences.response_offsets[members.start], sequences.response_offsets[members.stop]
-    sums = np.add.reduceat(
-        sequences.response_mask[start:end] > 0,
-        sequences.response_offsets[members.start : members.stop] - start,
-        dtype=np.int64,
-    )
-    return int(sums.sum()), int((sums > 0).sum())
 
 
 def _metric_name(name: str) -> str:
