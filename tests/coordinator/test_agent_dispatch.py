@@ -15,7 +15,7 @@ from aiohttp import web
 from coordinator_helpers import Engine, World, good, groups, heartbeats, prompt, world
 from transformers import PreTrainedTokenizerBase
 
-from grpo_worker.coordinator import member_client, weight_sync
+from grpo_worker.coordinator import dispatch, member_client, weight_sync
 from grpo_worker.coordinator.agents import Episode, dispatcher
 from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup, turn_seed
 from grpo_worker.coordinator.agents.load import Agent, load_agent
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.asyncio
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(member_client, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(weight_sync, "RETRY_SECONDS", 0.02)
-    monkeypatch.setattr(dispatcher, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(dispatch, "WATCH_SECONDS", 0.05)
     monkeypatch.setattr(dispatcher, "BLOCKED_SECONDS", 0.4)
     monkeypatch.setattr(dispatcher, "PATIENCE_SECONDS", 0.3)
 

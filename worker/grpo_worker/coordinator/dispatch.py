@@ -10,10 +10,10 @@ import asyncio
 import hashlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from grpo_worker.coordinator.blame import PERMANENT, End, convicted, end_of, gives_up, is_suspect
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
@@ -25,6 +25,7 @@ from grpo_worker.protocol.http import RefusedError, UnreachableError
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, Sampling
 
 PROMPTS_AHEAD = 1.5  # what one engine is sent, over what it can run at a time
+WATCH_SECONDS = 0.5
 CHUNK_PROMPTS = 8  # prompts of one request when requests are not atomic
 
 
@@ -52,17 +53,6 @@ class DispatchOptions:
     no_engine_timeout_seconds: float
 
 
-class RolloutDispatcher(Protocol):
-    """The rollout node of the pipeline: groups of prompts in, groups of samples out."""
-
-    redispatched: int  # prompts, or turns, that were asked for once more
-
-    def submit(self, groups: Sequence[Group], *, atomic: bool) -> None: ...
-    @property
-    def idle(self) -> bool: ...
-    async def run(self, *, until_idle: bool = False) -> None: ...
-
-
 class ServiceLimit:
     """How long prompts may wait without any engine in service."""
 
@@ -82,20 +72,9 @@ class ServiceLimit:
             )
 
 
-@dataclass
-class _Flight:
-    """One request under way."""
-
-    member: Member
-    pending: dict[str, Group]
-    alone: bool  # in its engine
-    task: asyncio.Task[None] = field(init=False)
-    reason: str = ""
-    end: End = End.UNFINISHED
-
-
-class Dispatcher:
-    """Sends submitted groups to engines in service; `on_done(group)` gets each once, in state SCORING or FAILED."""
+class RolloutDispatcher(ABC):
+    """The rollout node of the pipeline: groups of prompts in, groups of samples out; `on_done(group)` gets each once, in state SCORING
+    or FAILED."""
 
     def __init__(
         self,
@@ -113,25 +92,19 @@ class Dispatcher:
         self._options = options
         self._on_done = on_done
         self._queue: deque[Group] = deque()
-        self._suspects: list[Group] = []  # tried last and alone
-        self._flights: list[_Flight] = []
-        self._wake = asyncio.Event()
         self._atomic = False
+        self._wake = asyncio.Event()
         self._service = ServiceLimit(weights, options.no_engine_timeout_seconds)
         self._requests = 0
         self.generated_tokens = 0
-        self.redispatched = 0
+        self.redispatched = 0  # prompts, or turns, that were asked for once more
 
     def submit(self, groups: Sequence[Group], *, atomic: bool) -> None:
         """Queue groups. `atomic`: split evenly over the engines in one request each, so that results do not depend on timing; the
-        dispatcher must be idle."""
+        dispatcher must be idle. Without meaning for agents: what engines run together depends on when they ask."""
         self._queue.extend(groups)
         self._atomic = atomic
         self._wake.set()
-
-    @property
-    def idle(self) -> bool:
-        return not (self._queue or self._suspects or self._flights)
 
     async def run(self, *, until_idle: bool = False) -> None:
         """Dispatch until cancelled, or until nothing is left. Raises PeerLostError when no engine serves for longer than the limit."""
@@ -140,18 +113,78 @@ class Dispatcher:
                 self._wake.clear()
                 self._land()
                 self._launch()
-                self._service.check(0 if self._flights else len(self._queue) + len(self._suspects))
+                self._watch()
                 if until_idle and self.idle:
                     return
                 try:
-                    async with asyncio.timeout(0.5):  # members come and go without waking us
+                    async with asyncio.timeout(WATCH_SECONDS):  # members come and go without waking us
                         await self._wake.wait()
                 except TimeoutError:
                     continue
         finally:
-            for flight in self._flights:
-                flight.task.cancel()
-            await asyncio.gather(*(flight.task for flight in self._flights), return_exceptions=True)
+            tasks = self._under_way()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool: ...
+
+    @abstractmethod
+    def _land(self) -> None:
+        """Collect what has ended."""
+
+    @abstractmethod
+    def _launch(self) -> None:
+        """Send what engines have room for."""
+
+    @abstractmethod
+    def _watch(self) -> None:
+        """Look after what takes too long."""
+
+    @abstractmethod
+    def _under_way(self) -> Sequence["asyncio.Task[None]"]:
+        """What has to end with the run."""
+
+
+@dataclass
+class _Flight:
+    """One request under way."""
+
+    member: Member
+    pending: dict[str, Group]
+    alone: bool  # in its engine
+    task: asyncio.Task[None] = field(init=False)
+    reason: str = ""
+    end: End = End.UNFINISHED
+
+
+class Dispatcher(RolloutDispatcher):
+    """A prompt's samples are one request's, of one turn."""
+
+    def __init__(
+        self,
+        client: MemberClient,
+        members: Members,
+        weights: WeightSync,
+        emit: Emit,
+        options: DispatchOptions,
+        on_done: Callable[[Group], None],
+    ) -> None:
+        super().__init__(client, members, weights, emit, options, on_done)
+        self._suspects: list[Group] = []  # tried last and alone
+        self._flights: list[_Flight] = []
+
+    @property
+    def idle(self) -> bool:
+        return not (self._queue or self._suspects or self._flights)
+
+    def _watch(self) -> None:
+        self._service.check(0 if self._flights else len(self._queue) + len(self._suspects))
+
+    def _under_way(self) -> list["asyncio.Task[None]"]:
+        return [flight.task for flight in self._flights]
 
     def _launch(self) -> None:
         serving = self._weights.in_service()

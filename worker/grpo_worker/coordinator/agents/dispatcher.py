@@ -6,7 +6,6 @@ turn that is lost is asked for again with the same tokens and seed; an episode e
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -16,11 +15,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import msgspec
 
 from grpo_worker.concurrency import Gate
+from grpo_worker.coordinator import dispatch
 from grpo_worker.coordinator.agents.episode import Episode, TurnRequest
 from grpo_worker.coordinator.agents.load import Agent
 from grpo_worker.coordinator.agents.thread import AgentRuntime, AgentThread
 from grpo_worker.coordinator.blame import PERMANENT, End, convicted, end_of, gives_up, is_suspect
-from grpo_worker.coordinator.dispatch import DispatchOptions, ServiceLimit, derived_seed, prompt_seed
+from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher, derived_seed, prompt_seed
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Emit, Member, Members
@@ -30,7 +30,6 @@ from grpo_worker.functions import traceback_tail
 from grpo_worker.protocol.http import RefusedError, UnreachableError
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, SampleResult
 
-WATCH_SECONDS = 0.5
 BLOCKED_SECONDS = 1.0  # a loop that was silent for so long is blocked: meanwhile nobody's deadline runs
 PATIENCE_SECONDS = 5.0  # for an episode's own engine to come back into service before it moves to another
 
@@ -86,8 +85,8 @@ class _Play:
     sample: Sample | None = None
 
 
-class AgentDispatcher:
-    """Plays submitted groups, one episode a sample; `on_done(group)` gets each once, in state SCORING or FAILED."""
+class AgentDispatcher(RolloutDispatcher):
+    """Plays submitted groups, one episode a sample."""
 
     def __init__(
         self,
@@ -99,55 +98,22 @@ class AgentDispatcher:
         setup: AgentSetup,
         on_done: Callable[[Group], None],
     ) -> None:
-        self._client = client
-        self._members = members
-        self._weights = weights
-        self._emit = emit
-        self._options = options
+        super().__init__(client, members, weights, emit, options, on_done)
         self._setup = setup
-        self._on_done = on_done
-        self._queue: deque[Group] = deque()
         self._plays: list[_Play] = []
         self._made: dict[int, dict[int, Sample]] = {}  # order of the group -> index -> sample
         self._lost: WeakSet[Member] = WeakSet()  # engines whose loss was told
         self._gates: WeakKeyDictionary[Member, Gate] = WeakKeyDictionary()  # a suspect has its engine alone
-        self._wake = asyncio.Event()
-        self._service = ServiceLimit(weights, options.no_engine_timeout_seconds)
         self._watched = time.monotonic()
-        self._requests = 0
-        self.generated_tokens = 0
-        self.redispatched = 0
-
-    def submit(self, groups: Sequence[Group], *, atomic: bool) -> None:
-        """Queue groups. `atomic` has no meaning here: what engines run together depends on when agents ask."""
-        self._queue.extend(groups)
-        self._wake.set()
 
     @property
     def idle(self) -> bool:
         return not self._queue and not self._plays
 
-    async def run(self, *, until_idle: bool = False) -> None:
-        """Dispatch until cancelled, or until nothing is left. Raises PeerLostError when no engine serves for longer than the limit."""
-        self._watched = time.monotonic()
-        try:
-            while not (until_idle and self.idle):
-                self._wake.clear()
-                self._land()
-                self._launch()
-                self._watch()
-                if until_idle and self.idle:
-                    return
-                try:
-                    async with asyncio.timeout(WATCH_SECONDS):
-                        await self._wake.wait()
-                except TimeoutError:
-                    continue
-        finally:
-            for play in self._plays:
-                self._give_up(play, _GivenUp.DROPPED, "the run is over")
-                play.task.cancel()
-            await asyncio.gather(*(play.task for play in self._plays), return_exceptions=True)
+    def _under_way(self) -> list["asyncio.Task[None]"]:
+        for play in self._plays:
+            self._give_up(play, _GivenUp.DROPPED, "the run is over")
+        return [play.task for play in self._plays]
 
     # --- episodes
 
@@ -263,7 +229,7 @@ class AgentDispatcher:
         """Now and then: give up what is over its deadline; leave a blocked thread behind. Deadlines stand still while nobody can be
         served. Raises PeerLostError."""
         now = time.monotonic()
-        if now - self._watched < WATCH_SECONDS / 2:
+        if now - self._watched < dispatch.WATCH_SECONDS / 2:
             return
         elapsed, self._watched = now - self._watched, now
         self._service.check(len(self._queue) + len({play.group.order for play in self._plays}))
@@ -374,7 +340,7 @@ class AgentDispatcher:
             request_id=f"{options.purpose}-{self._requests}",
             prompts=[prompt],
             sampling=sampling,
-            deadline_seconds=max(play.deadline - time.monotonic(), WATCH_SECONDS),
+            deadline_seconds=max(play.deadline - time.monotonic(), dispatch.WATCH_SECONDS),
             min_weight_version=self._weights.version,
         )
 
@@ -391,7 +357,7 @@ class AgentDispatcher:
                 moved = self._freest(serving)
                 play.engine = moved.name
                 return moved
-            await self._members.wait(WATCH_SECONDS)
+            await self._members.wait(dispatch.WATCH_SECONDS)
 
     def _freest(self, serving: Sequence[Member]) -> Member:
         held = [play.engine for play in self._plays]
