@@ -99,7 +99,7 @@ async def build(
     with startup.part("trainer"):
         await outside.trainer.connect(spec.failure_policy.startup_timeout_seconds)
     learner = Learner(spec, outside.trainer, estimator)
-    model = describe_model(spec.model.path, spec.model.revision, directory)
+    model = await asyncio.to_thread(describe_model, spec.model.path, spec.model.revision, directory)
     with startup.part("resume"):
         resumed = await saver.resume(os.environ.get(RESUME) or spec.checkpoint.resume)
     step, updates, cursor = 0, 0, Cursor()
@@ -115,7 +115,7 @@ async def build(
     schedule = _schedule(spec, data, cursor, step)
     keep = step if step > 0 else -1
     log = await asyncio.to_thread(_open_log, job, outside, keep=keep, total_steps=schedule.last_version)
-    stack.callback(log.close)
+    stack.push_async_callback(asyncio.to_thread, log.close)  # wandb may take its time
     progress.set("Starting", "waiting for the rollout servers")
     options, on_policy, halt = _dispatch_options(spec, tokenizer), spec.rollout.max_staleness == 0, Halt()
     validation = Validation(validation_prompts, options, spec.rollout.validation, atomic=on_policy)

@@ -117,7 +117,7 @@ class Saver:
     async def _load(self, point: ResumePoint) -> dict[str, Any]:
         """The coordinator's state. Raises TrainerFailed, recoverable when the trainer has found the shards damaged."""
         try:
-            state = json.loads(point.coordinator_file.read_text())
+            state = json.loads(await asyncio.to_thread(point.coordinator_file.read_text))
             if state["format"] != STATE_FORMAT:
                 raise ConfigError(
                     f"{point.path}: coordinator.json has format {state['format']}, this program reads {STATE_FORMAT}"
