@@ -85,14 +85,14 @@ async def test_a_silent_member_loses_its_request_at_its_limit_and_not_before(ask
         stuck(here)
         call = asyncio.ensure_future(ask(here))
         await asyncio.sleep(0.1)
-        here.clock.pushed = 25.0
-        await asyncio.sleep(0.3)
+        for here.clock.pushed in (10.0, 20.0, 25.0):
+            await asyncio.sleep(0.1)
         assert not call.done()
         assert [event for event in here.events if event[1] == "MemberSilent"] == [
             (
                 "warning",
                 "MemberSilent",
-                f"{name} has been silent for 25 s and is lost after 30 s; what waits for it: {what}",
+                f"{name} has been silent for 10 s and is lost after 30 s; what waits for it: {what}",
             )
         ], "told once, and in the status:"
         assert any(name in wait and what in wait for wait in here.members.waits())
@@ -145,4 +145,23 @@ async def test_a_member_that_is_heard_of_again_is_told() -> None:
         assert here.members.waits() == []
         call.cancel()
         beats.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+
+
+async def test_a_coordinator_that_stood_still_reads_its_heartbeats_before_it_judges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped and continued, say, for longer than the limit."""
+    monkeypatch.setattr(members, "WATCH_SECONDS", 0.2)
+    async with world(Engine("rollout-0")) as here:
+        stuck(here)
+        call = asyncio.ensure_future(sync(here))
+        await asyncio.sleep(0.05)
+        here.clock.pushed = 100.0
+        await asyncio.sleep(0.25)  # it has looked, and found everybody silent
+        here.beat()
+        await asyncio.sleep(0.5)
+        assert not call.done()
+        assert "MemberSilent" not in here.reasons()
+        call.cancel()
         await asyncio.gather(call, return_exceptions=True)

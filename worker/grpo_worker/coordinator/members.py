@@ -126,20 +126,24 @@ class Members:
     async def watch(self, member: Member, what: str) -> None:
         """Ends with the member: `what` waits for it meanwhile. Raises SilentError after the limit without a heartbeat, PeerLostError
         when another process has its name."""
+        looked = self._clock()
         with self.waiting(what, member):
             while True:
-                silent = self.silent_for(member)
-                if self._silent(member):
+                silent, since = self.silent_for(member), self._clock() - looked
+                looked += since
+                frozen = since > self._timeout_seconds / 2  # we stood still: heartbeats may lie unread
+                if self._silent(member) and not frozen:
                     raise SilentError(
                         f"{member.name} was silent for {silent:.0f} s (network.memberTimeoutSeconds) during {what}"
                     )
                 if self._members.get(member.name) is not member:
                     raise PeerLostError(f"{member.name} was started again during {what}")
-                if silent > self._overdue_seconds and not member.told_silent:
+                if silent > self._overdue_seconds and not member.told_silent and not frozen:
                     member.told_silent = True
                     self._emit("warning", "MemberSilent", self._silence(member))
                 limit = self._timeout_seconds if member.told_silent else self._overdue_seconds
-                await self.wait(min(max(limit - silent, 0.0) + 0.01, WATCH_SECONDS))
+                left = WATCH_SECONDS if frozen else max(limit - silent, 0.0) + 0.01
+                await self.wait(min(left, WATCH_SECONDS))
 
     @contextmanager
     def waiting(self, what: str, member: Member | None = None) -> Iterator[None]:
