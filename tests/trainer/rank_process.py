@@ -5,6 +5,7 @@ OUTPUT holds. The ranks are those of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PO
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from trainer_helpers import batch_message, options_for, recorded_update, sequenc
 from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol.messages import LoadRequest, LogProbsRequest, PublishRequest, SaveRequest, UpdateRequest
-from grpo_worker.trainer.distributed import Ranks, join, leave
+from grpo_worker.trainer import loop
+from grpo_worker.trainer.distributed import Ranks, broadcast_bytes, join, leave
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused
 from grpo_worker.trainer.main import run_rank
@@ -147,6 +149,22 @@ def loading(model: Path, ranks: Ranks, _: Path) -> list[int]:
     return peaks
 
 
+def late(model: Path, output: Path, startup_seconds: float) -> int:
+    """Rank 1 begins to load when the limit of a collective has long passed. Rank 0 writes what became of it."""
+    ranks = join("cpu", 2.0, seed=0, rendezvous_timeout_seconds=60.0)
+    if ranks.rank == 1:
+        time.sleep(8.0)
+    said, code = "all here", 0
+    try:
+        loop.load(options_for(model, failurePolicy={"startupTimeoutSeconds": startup_seconds}), ranks, "")
+        broadcast_bytes(b"t" if ranks.is_first else None, ranks)
+    except GRPOError as error:
+        said, code = str(error), int(error.exit_code)
+    if ranks.is_first:
+        torch.save(said, output)
+    return code
+
+
 def main() -> None:
     model, output, *scenarios = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     if scenarios == ["serve"]:
@@ -157,6 +175,8 @@ def main() -> None:
         except GRPOError as error:
             sys.exit(error.exit_code)
         return
+    if scenarios[0].startswith("late"):
+        sys.exit(late(model, output, float(scenarios[0].partition("=")[2])))
     ranks = join("cpu", 60.0, seed=0)
     results = {}
     for scenario in scenarios:

@@ -27,9 +27,9 @@ from grpo_worker.trainer.launch import Placement, run_ranks
 PROGRAM = Path(__file__).with_name("rank_process.py")
 
 
-def run(model: Path, output: Path, ranks: int, scenarios: list[str]) -> Any:
+def run(model: Path, output: Path, ranks: int, scenarios: list[str], exit_code: int = 0) -> Any:
     command = [sys.executable, str(PROGRAM), str(model), str(output), *scenarios]
-    assert run_ranks(command, Placement(nodes=1, ranks_per_node=ranks), stop=threading.Event()) == 0
+    assert run_ranks(command, Placement(nodes=1, ranks_per_node=ranks), stop=threading.Event()) == exit_code
     return torch.load(output, weights_only=False)
 
 
@@ -84,6 +84,16 @@ def test_two_ranks_have_the_gradient_of_one(model: Path, on_two_ranks: Any, mode
 def test_a_rank_without_a_sequence_changes_nothing(model: Path, on_two_ranks: Any) -> None:
     gradients, _ = recorded_update(options_for(model), sequences_of([(9, 20)]), single_rank())
     assert relative_difference(on_two_ranks["gradients"]["padding"][0][0], gradients[0]) < 1e-6
+
+
+def test_a_rank_that_loads_slowly_is_waited_for_longer_than_for_a_collective(model: Path, tmp_path: Path) -> None:
+    assert run(model, tmp_path / "said.pt", 2, ["late=60"]) == "all here"
+
+
+def test_ranks_that_never_come_are_named(model: Path, tmp_path: Path) -> None:
+    said = run(model, tmp_path / "said.pt", 2, ["late=1"], exit_code=75)
+    assert "rank 1 of 2 had not loaded the model 1 s after rank 0" in said
+    assert "failurePolicy.startupTimeoutSeconds" in said
 
 
 def test_a_rank_never_holds_much_more_than_its_shard_while_it_loads(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from grpo_worker.errors import ConfigError, RetryableError, one_line
 
 ERROR_KEY = "trainer/error"
 TERMINATING_KEY = "trainer/terminating"
+LOADED_KEY = "trainer/loaded"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,30 @@ def join(device: str, timeout_seconds: float, seed: int, rendezvous_timeout_seco
     if place.type == "cpu":
         torch.use_deterministic_algorithms(True)
     return Ranks(rank, world_size, place, mesh, control, saving, store)
+
+
+def meet(ranks: Ranks, timeout_seconds: float) -> None:
+    """Until every rank has come here, whatever the limit of a collective is: ranks load at the speed of their storage.
+
+    Raises RetryableError that names the ranks that did not come.
+    """
+    if ranks.world_size == 1:
+        return
+    keys = [f"{LOADED_KEY}/{rank}" for rank in range(ranks.world_size)]
+    try:
+        ranks.store.set(keys[ranks.rank], b"")  # type: ignore[arg-type]
+        ranks.store.wait(keys, timedelta(seconds=timeout_seconds))
+    except (RuntimeError, dist.DistError) as error:
+        try:
+            missing = [str(rank) for rank, key in enumerate(keys) if not ranks.store.check([key])]
+        except (RuntimeError, dist.DistError):
+            raise RetryableError(
+                f"rank 0 is gone, while rank {ranks.rank} waited for all to load: {one_line(error)}"
+            ) from error
+        raise RetryableError(
+            f"rank {', '.join(missing)} of {ranks.world_size} had not loaded the model {timeout_seconds:.0f} s after rank "
+            f"{ranks.rank}. Look at the log and the storage of that node, or raise failurePolicy.startupTimeoutSeconds."
+        ) from error
 
 
 def open_store(ranks: Ranks) -> dist.Store:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from grpo_worker.errors import ExitCode, YieldedError
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import ErrorReply, StopRequest, TrainerReply, TrainerRequest
-from grpo_worker.trainer.distributed import ERROR_KEY, TERMINATING_KEY, Ranks, broadcast_bytes, open_store
+from grpo_worker.trainer.distributed import ERROR_KEY, TERMINATING_KEY, Ranks, broadcast_bytes, meet, open_store
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused, as_error, remote_error
 from grpo_worker.trainer.options import TrainerOptions
@@ -28,6 +28,18 @@ TERMINATED_SILENCE_SECONDS = 10.0
 COORDINATOR_LOST_SECONDS = 300.0  # without an answer: the process ends, to be started again
 
 log = logging.getLogger(__name__)
+
+
+def load(options: TrainerOptions, ranks: Ranks, token: str) -> TrainerEngine:
+    """This rank's engine, once every rank has its own. Raises GRPOError; rank 0 learns of another rank's at once."""
+    try:
+        engine = TrainerEngine(options, ranks, token)
+    except Exception as exception:
+        if not ranks.is_first:
+            _tell(ranks, remote_error(exception, "loading", ranks.rank))
+        raise
+    meet(ranks, options.spec.failure_policy.startup_timeout_seconds)
+    return engine
 
 
 def lead(engine: TrainerEngine, server: TrainerServer, options: TrainerOptions, terminated: threading.Event) -> None:
@@ -67,10 +79,14 @@ def follow(engine: TrainerEngine) -> None:
             except Exception as exception:
                 error = remote_error(exception, _name(request), engine.ranks.rank)
                 log.exception("%s failed", _name(request))
-                engine.ranks.store.set(ERROR_KEY, codec.encode(error))  # type: ignore[arg-type]
+                _tell(engine.ranks, error)
                 raise as_error(error) from exception
             if isinstance(request, StopRequest):
                 return None
+
+
+def _tell(ranks: Ranks, error: ErrorReply) -> None:
+    ranks.store.set(ERROR_KEY, codec.encode(error))  # type: ignore[arg-type]
 
 
 def watch_other_ranks(server: TrainerServer, ranks: Ranks) -> None:

@@ -40,7 +40,6 @@ def run_rank(options: "TrainerOptions") -> None:
     """One rank, from the rendezvous to the coordinator's stop. Raises GRPOError."""
     from grpo_worker.trainer import loop
     from grpo_worker.trainer.distributed import join, leave
-    from grpo_worker.trainer.engine import TrainerEngine
     from grpo_worker.trainer.server import TrainerServer
 
     terminated = threading.Event()
@@ -50,17 +49,17 @@ def run_rank(options: "TrainerOptions") -> None:
     ranks = join(options.device, trainer.process_group_timeout_seconds, trainer.seed, startup_seconds)
     if not ranks.is_first:
         loop.tell_when_terminated(ranks, options.name, terminated)
-        engine = TrainerEngine(options, ranks, token)
+        engine = loop.load(options, ranks, token)
         loop.follow(engine)
         engine.close()
         leave()
         return
-    holder: list[TrainerEngine] = []
+    holder: list[loop.TrainerEngine] = []
     server = TrainerServer(options, token, lambda wait_seconds: holder[0].save_status(wait_seconds), terminated)
     server.start()
     loop.watch_other_ranks(server, ranks)
     try:
-        engine = TrainerEngine(options, ranks, token)
+        engine = loop.load(options, ranks, token)
         holder.append(engine)
         model = options.spec.model.path
         log.info("trainer: %d ranks on %s, %s at %s", ranks.world_size, options.device, model, server.url)
