@@ -156,6 +156,7 @@ BAD_FIELDS = [
     ("failurePolicy.rules=[{action: FailJob, onExitCodes: [1]}]", "spec.failurePolicy.rules[0].onExitCodes", "exitCodes"),
 ]  # fmt: skip
 
+NO_IS = "algorithm.rolloutCorrection.rolloutIs=none"
 RS_LOWER = "algorithm.rolloutCorrection.rolloutRsLowerThreshold"
 OWNED_VARIABLES = (
     "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES",
@@ -181,6 +182,18 @@ CONTRADICTIONS = [
         "not below",
     ),
     (["rollout.topK=0"], "rollout.topK", "no token"),
+    (["rollout.temperature=0.7", "rollout.topP=0.95"], "rollout.temperature", "topP to 1"),
+    (["rollout.temperature=1.2", "rollout.topK=20"], "rollout.temperature", "topK to -1"),
+    (
+        ["rollout.temperature=0.7", "rollout.topP=0.95", NO_IS, "algorithm.rolloutCorrection.bypassMode=true"],
+        "rollout.temperature",
+        "no bypassMode",
+    ),
+    (
+        ["rollout.temperature=0.7", "rollout.topP=0.95", NO_IS, "algorithm.rolloutCorrection.rolloutRs=[seq_max_k2]"],
+        "rollout.temperature",
+        "no rolloutRs",
+    ),
     (
         ["algorithm.rolloutCorrection={rolloutRs: [seq_mean_k1], rolloutRsThreshold: 1.0}"],
         RS_LOWER,
@@ -325,6 +338,9 @@ GOOD = [
     [
         "algorithm.rolloutCorrection={rolloutRs: [token_k1, seq_max_k2], rolloutRsThreshold: 0.9, rolloutRsLowerThreshold: 0.5}"
     ],
+    ["rollout.temperature=1", "rollout.topP=0.95", "rollout.topK=20"],
+    ["rollout.temperature=0.7", "rollout.topP=0.95", NO_IS],
+    ["rollout.temperature=0.7", "rollout.validation.topP=0.9"],
     ["actor.klLossType=k3+", "actor.useKLLoss=true", "algorithm.klPenalty=low_var_kl+"],
     [
         "actor.optim.betas=[0, 0.9999]",

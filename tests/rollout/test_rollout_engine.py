@@ -2,13 +2,16 @@
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from replica_helpers import Replica, Trainer, request_of, tiny_model, weights
+from replica_helpers import CONTEXT, Replica, Trainer, engine_options, request_of, tiny_model, weights
 
 from grpo_worker.protocol.messages import ApplyWeightsReply, GenerateRequest, GroupResult, VersionSpan
+from grpo_worker.rollout.engine import RolloutEngine
+from grpo_worker.rollout.generation import generate as stream
 from grpo_worker.rollout.versions import VersionTrack
 
 PROMPTS = {"a": [2, 3, 4], "b": [9, 8, 7, 6, 5], "c": [40] * 40}
@@ -60,13 +63,45 @@ def test_each_sync_makes_the_engine_the_model_that_was_published(replica: Replic
         assert_serves(replica, seed, version)
 
 
-def test_sampled_log_probs_are_those_of_the_tempered_distribution(replica: Replica, trainer: Trainer) -> None:
+def test_log_probs_are_those_of_the_tempered_distribution(model_directory: Path) -> None:
+    """An engine of a run with `rollout.temperature: 0.7`."""
+
+    async def generate() -> list[GroupResult]:
+        engine = RolloutEngine(engine_options(str(model_directory), CONTEXT, temperature=0.7))
+        await engine.start()
+        try:
+            request = request_of(PROMPTS, n=3, temperature=0.7, max_tokens=24)
+            return [result async for result in stream(engine, request) if isinstance(result, GroupResult)]
+        finally:
+            engine.shutdown()
+
+    results = asyncio.run(generate())
+    assert {result.id for result in results} == PROMPTS.keys()
+    for result in results:
+        for sample in result.samples:
+            prompt = PROMPTS[result.id]
+            tokens = prompt + sample.token_ids.numpy().tolist()
+            np.testing.assert_allclose(sample.log_probs.numpy(), hf_log_probs(0, tokens, len(prompt), 0.7), atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 5}], ids=str)
+def test_a_cut_is_in_what_is_sampled_and_not_in_the_log_probs(
+    replica: Replica, trainer: Trainer, cut: dict[str, float]
+) -> None:
+    """The trainer's log-probs are of the whole vocabulary: with the mass of what survives in it, a long answer's weight would be 0."""
     sync(replica, trainer, 4, 13)
-    results = replica.generate(request_of(PROMPTS, n=3, temperature=0.7, max_tokens=24))
+    results = replica.generate(request_of(PROMPTS, n=3, temperature=1.0, max_tokens=24, **cut))
     for name, prompt in PROMPTS.items():
         for sample in results[name].samples:
             tokens = prompt + sample.token_ids.numpy().tolist()
-            np.testing.assert_allclose(sample.log_probs.numpy(), hf_log_probs(13, tokens, len(prompt), 0.7), atol=1e-4)
+            np.testing.assert_allclose(sample.log_probs.numpy(), hf_log_probs(13, tokens, len(prompt)), atol=1e-4)
+            logits = tiny_model(13)(torch.tensor([tokens])).logits[0, len(prompt) - 1 : -1].detach()
+            sampled = logits.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])
+            above = torch.where(logits > sampled, logits.softmax(-1), 0.0)
+            if "top_k" in cut:
+                assert int((above > 0).sum(-1).max()) < 5
+            else:
+                assert float(above.sum(-1).max()) < 0.8 + 1e-4
 
 
 def test_a_cached_prefix_is_not_used_with_new_weights(replica: Replica, trainer: Trainer) -> None:

@@ -108,6 +108,11 @@ class RolloutCorrection(Section):
         verl="algorithm.rollout_correction.bypass_mode",
     )
 
+    @property
+    def reads_engine(self) -> bool:
+        """Whether the update depends on the engine's log-probs."""
+        return self.rollout_is != "none" or bool(self.rollout_rs) or self.bypass_mode
+
 
 class Algorithm(Section):
     """Advantages, KL in the reward, dynamic sampling, off-policy correction."""

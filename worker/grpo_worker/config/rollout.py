@@ -161,6 +161,11 @@ class Rollout(Section):
         """At every swap. Without staleness nothing runs then that would lose by it."""
         return self.max_staleness == 0 or not self.keep_kv_cache
 
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens of the vocabulary are never sampled."""
+        return self.top_p != 1 or self.top_k != -1
+
     def context_tokens(self, prompt_tokens: int, response_tokens: int) -> int:
         """Tokens that an engine holds of one sequence."""
         return self.max_model_len or prompt_tokens + response_tokens

@@ -228,6 +228,17 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.algorithm.filter_groups.enable,
     ),
     Rule(
+        "rollout.temperature",
+        lambda s: s.rollout.temperature == 1 or not s.rollout.cuts or not s.algorithm.rollout_correction.reads_engine,
+        "self.rollout.temperature == 1.0 || (self.rollout.topP == 1.0 && self.rollout.topK == -1) || "
+        "(self.algorithm.rolloutCorrection.rolloutIs == 'none' && size(self.algorithm.rolloutCorrection.rolloutRs) == 0 && "
+        "!self.algorithm.rolloutCorrection.bypassMode)",
+        "is not 1 while topP or topK cuts tokens off: the engine's log-probs are then of the cut distribution, and the weights that "
+        "algorithm.rolloutCorrection makes of them would shrink with every token",
+        "Set temperature to 1, or topP to 1 and topK to -1; or do without those weights: rolloutIs none, no rolloutRs, no bypassMode.",
+        lambda s: s.rollout.temperature,
+    ),
+    Rule(
         "rollout.topK",
         lambda s: s.rollout.top_k != 0,
         "self.rollout.topK != 0",

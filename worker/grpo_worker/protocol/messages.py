@@ -106,7 +106,7 @@ class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
 
 class SampleResult(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: Array  # int32 [response tokens], the stop token included
-    log_probs: Array  # float32 [response tokens], of the distribution that was sampled from (processed_logprobs)
+    log_probs: Array  # float32 [response tokens], of the whole vocabulary at the run's temperature
     finish_reason: Literal["stop", "length", "abort"]
     versions: list[VersionSpan]
 

@@ -46,7 +46,9 @@ def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> d
         "enable_prefix_caching": rollout.enable_prefix_caching,
         "seed": rollout.seed,
         "skip_tokenizer_init": True,
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from: after temperature, top-p and top-k
+        # The trainer's log-probs are of the whole vocabulary at the run's temperature. Raw ones are of the whole vocabulary at
+        # temperature 1, whatever top-p and top-k cut off; processed ones are after temperature and cut.
+        "logprobs_mode": "raw_logprobs" if rollout.temperature == 1 else "processed_logprobs",
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": WORKER_EXTENSION,
     }
