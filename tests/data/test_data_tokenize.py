@@ -139,7 +139,8 @@ def test_a_saved_tokenizer_loads_with_its_eos_ids_and_template(tmp_path: Path, c
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, tokenizer.eos_token_id]}))
     info = load_tokenizer(tmp_path)
     assert info.eos_ids == (tokenizer.eos_token_id, 5)
-    assert (info.pad_id, info.vocab_size, info.has_chat_template) == (tokenizer.pad_token_id, len(tokenizer), True)
+    assert (info.pad_id, info.vocab_size) == (tokenizer.pad_token_id, len(tokenizer))
+    assert info.tokenizer.chat_template == tokenizer.chat_template
     assert info.notes == ()
     assert encode("hi", PromptEncoder(info.tokenizer, 100)) == "<u>hi|<a>"
 

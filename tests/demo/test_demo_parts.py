@@ -21,8 +21,8 @@ def test_every_character_is_one_token_and_back() -> None:
 def test_a_saved_tokenizer_loads_as_the_worker_loads_it(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
     info = load_tokenizer(tmp_path)
-    assert info.vocab_size == len(VOCABULARY) == 64
-    assert info.eos_ids == (VOCABULARY.index(EOS),) and not info.has_chat_template and info.notes == ()
+    assert len(info.tokenizer) == len(VOCABULARY) == 64
+    assert info.eos_ids == (VOCABULARY.index(EOS),) and not info.tokenizer.chat_template and info.notes == ()
     text = "11 14 8 #### 841"
     assert info.tokenizer.decode(info.tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 

@@ -1,3 +1,4 @@
+import json
 import stat
 from pathlib import Path
 
@@ -46,15 +47,14 @@ def test_the_model_loads_and_others_may_read_it(demo: DemoPaths) -> None:
 def test_a_second_call_does_nothing(demo: DemoPaths) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.model.parent.rglob("*")}
     again = _prepare(demo.model.parent)
-    assert again.reused and again.start_accuracy == demo.start_accuracy
+    assert again == demo
     assert {path: path.stat().st_mtime_ns for path in demo.model.parent.rglob("*")} == before
 
 
 def test_the_same_seed_makes_the_same_bytes(demo: DemoPaths, tmp_path: Path) -> None:
-    other = _prepare(tmp_path)
+    _prepare(tmp_path)
     for name in ("model/model.safetensors", "model/tokenizer.json", "train.parquet", "test.parquet", "demo.json"):
         assert (tmp_path / name).read_bytes() == (demo.model.parent / name).read_bytes(), name
-    assert not other.reused
 
 
 @pytest.mark.parametrize("damage", ["model", "stamp", "missing", "seed"])
@@ -68,7 +68,8 @@ def test_what_does_not_fit_the_stamp_is_made_again(tmp_path: Path, damage: str) 
     elif damage == "missing":
         first.test.unlink()
     again = _prepare(tmp_path, seed=2 if damage == "seed" else 1)
-    assert not again.reused and again.test.is_file()
+    assert again.test.is_file()
+    assert json.loads((tmp_path / "demo.json").read_text())["seed"] == (2 if damage == "seed" else 1)
     assert ((first.model / "model.safetensors").read_bytes() == weights) == (damage != "seed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "model", "test.parquet", "train.parquet"]
 

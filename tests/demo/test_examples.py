@@ -55,14 +55,15 @@ def test_every_example_is_a_valid_job_named_as_its_file(example: Path) -> None:
 
 @pytest.mark.parametrize("name", ["arithmetic", "arithmetic-drgrpo", "arithmetic-dapo"])
 def test_the_demo_jobs_read_what_the_demo_makes_and_leave_room_for_the_answers(name: str) -> None:
-    from grpo_worker.demo.prepare import DEFAULT_DIRECTORY, TRAIN_PROBLEMS
+    from grpo_worker.cli.demo import DIRECTORY
+    from grpo_worker.demo.prepare import TRAIN_PROBLEMS
     from grpo_worker.demo.tasks import RESPONSE_TOKENS, Problem
 
     text, spec = (EXAMPLES / f"{name}.yaml").read_text(), load_job(EXAMPLES / f"{name}.yaml").spec
     assert "grpo demo prepare demo" in text and f"grpo run examples/{name}.yaml" in text
-    assert spec.model.path == f"{DEFAULT_DIRECTORY}/model"
-    assert spec.data.train_files == [f"{DEFAULT_DIRECTORY}/train.parquet"]
-    assert spec.data.validation_files == [f"{DEFAULT_DIRECTORY}/test.parquet"]
+    assert spec.model.path == f"{DIRECTORY}/model"
+    assert spec.data.train_files == [f"{DIRECTORY}/train.parquet"]
+    assert spec.data.validation_files == [f"{DIRECTORY}/test.parquet"]
     assert len(Problem(100, 899).prompt) <= spec.data.max_prompt_length
     assert spec.data.max_response_length >= RESPONSE_TOKENS
     assert TRAIN_PROBLEMS % spec.data.train_batch_size == 0

@@ -107,11 +107,6 @@ class Store:
         held = self._jobs.get(key)
         return None if held is None else held.job
 
-    def job_version(self, key: Key) -> int:
-        """resourceVersion of what `job` returns; a write that names it fails when the object has moved on."""
-        held = self._jobs.get(key)
-        return 0 if held is None else held.version
-
     def jobs(self) -> Iterator[Key]:
         return iter(tuple(self._jobs))
 

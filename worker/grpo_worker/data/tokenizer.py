@@ -23,7 +23,6 @@ class TokenizerInfo:
     eos_ids: tuple[int, ...]
     pad_id: int
     vocab_size: int
-    has_chat_template: bool
     notes: tuple[str, ...] = ()
 
 
@@ -72,7 +71,6 @@ def describe(
         eos_ids=tuple(dict.fromkeys((eos_id, *generation_eos_ids))),
         pad_id=int(pad_id),
         vocab_size=vocab_size,
-        has_chat_template=bool(tokenizer.chat_template),
         notes=tuple(notes),
     )
 

@@ -30,7 +30,6 @@ HELD_OUT_PROBLEMS = 256
 # Greedy held-out accuracy after the warm-up: enough right answers to learn from, and far to go.
 ACCURACY_WINDOW = (0.2, 0.55)
 STAMP_FILE = "demo.json"
-DEFAULT_DIRECTORY = Path("demo")
 DEFAULT_SEED = 1
 
 
@@ -42,7 +41,6 @@ class DemoPaths:
     train: Path
     test: Path
     start_accuracy: float
-    reused: bool
 
 
 def prepare_demo(
@@ -64,7 +62,7 @@ def prepare_demo(
     stamp = _read_stamp(directory)
     if stamp and stamp.get("digest") == digest and _files_fit(directory, stamp.get("files")):
         report(f"{directory}: is up to date")
-        return DemoPaths(model, train, test, float(stamp["start_accuracy"]), reused=True)
+        return DemoPaths(model, train, test, float(stamp["start_accuracy"]))
     train_problems, held_out = split_problems(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
     staged = directory / ".tmp-model"
     try:
@@ -89,7 +87,7 @@ def prepare_demo(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     report(f"{directory}: {len(train_problems)} training and {len(held_out)} held-out problems")
-    return DemoPaths(model, train, test, start_accuracy, reused=False)
+    return DemoPaths(model, train, test, start_accuracy)
 
 
 def _make_model(

@@ -121,7 +121,6 @@ class RolloutEngine:
         self.weight_version: int | None = None  # None: never synced, or a swap failed half-way
         self.weight_digest: str | None = None
         self.broken: str = ""  # why the weights cannot be used, after a swap that failed half-way
-        self.pulled_bytes = 0
         self._llm: Any = None
         self._staging = StagingMemory()
         self._apply_lock = asyncio.Lock()
@@ -304,13 +303,11 @@ class RolloutEngine:
 
     def _pull(self, request: ApplyWeightsRequest, deadline: float) -> Manifest:
         """Runs in a thread: generation goes on."""
-        manifest = pull(
+        return pull(
             request.store, token=self.options.token, into=self._staging.reserve, streams=self.options.network.weight_sync_streams,
             timeout_seconds=self.options.network.member_timeout_seconds, deadline=deadline,
             check=lambda manifest: verify(manifest, self._expected, optional=self._optional, dtypes=self._dtypes),
         )  # fmt: skip
-        self.pulled_bytes += manifest.total_bytes
-        return manifest
 
     async def _swap(self, request: ApplyWeightsRequest, manifest: Manifest) -> float:
         """Seconds that the workers needed to load the staged weights."""
