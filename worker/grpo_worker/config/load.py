@@ -118,7 +118,7 @@ def job_from_document(document: Any, source: str = "GRPOJob") -> GRPOJob:
         job = GRPOJob.model_validate(raw)
     except ValidationError as error:
         raise InvalidJob(source, [_issue(detail) for detail in error.errors(include_url=False)]) from None
-    broken = [Issue(f"spec.{r.path}", r.value(job.spec), r.message, r.remedy) for r in RULES if not r.check(job.spec)]
+    broken = [Issue(f"spec.{r.path}", r.shown(job.spec), r.message, r.remedy) for r in RULES if r.wrong(job.spec)]
     if broken:
         raise InvalidJob(source, broken)
     return job

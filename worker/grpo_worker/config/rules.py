@@ -7,8 +7,10 @@ Invariant: `grpo validate` and the API server refuse the same documents, since b
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
+from grpo_worker.config.base import LARGEST_COUNT
 from grpo_worker.config.job import Spec
 from grpo_worker.config.pod_template import (
     OWNED_VARIABLE_PREFIX,
@@ -29,21 +31,26 @@ from grpo_worker.config.scheduling import Toleration
 
 @dataclass(frozen=True)
 class Rule:
-    """One contradiction. `path` is the field to change, `check` is true for a sound spec, `value` is what is shown of a bad one.
+    """One contradiction. `path` is the field to change; `wrong` is what is wrong with a spec: nothing, true, or a list of it.
 
-    `cel` is empty where the schema below `path` says it itself (see `pod_template`).
+    `cel`, true for a sound spec, is empty where the schema below `path` says it itself (see `pod_template`).
     """
 
     path: str
-    check: Callable[[Spec], bool]
+    wrong: Callable[[Spec], Any]
     cel: str
     message: str
     remedy: str
-    value: Callable[[Spec], Any]
+
+    def shown(self, spec: Spec) -> Any:
+        """What is told of a spec that breaks the rule: the list of what is wrong, or the field's value."""
+        found = self.wrong(spec)
+        return found if isinstance(found, list) else reduce(_field, self.path.split("."), spec)
 
 
-def _both_absent(*pairs: tuple[Any, Any]) -> bool:
-    return all(a is None or b is None for a, b in pairs)
+def _field(section: Any, alias: str) -> Any:
+    (name,) = (name for name, info in type(section).model_fields.items() if info.alias == alias)
+    return getattr(section, name)
 
 
 def _repeated(values: Iterable[str]) -> list[str]:
@@ -70,13 +77,13 @@ def _trainer_ports(spec: Spec) -> list[int]:
     return [port for port, count in Counter(ports).items() if port and count > 1]
 
 
-def _ratio_bounds(spec: Spec) -> bool:
-    """Whether the k1 criteria, whose thresholds are ratios, have room between their bounds."""
+def _no_room_for_ratios(spec: Spec) -> bool:
+    """Whether the k1 criteria, whose thresholds are ratios, have none between their bounds; or a lower bound is for nothing."""
     correction = spec.algorithm.rollout_correction
-    if not any(criterion.endswith("k1") for criterion in correction.rollout_rs):
-        return correction.rollout_rs_lower_threshold is None
-    lower = correction.rollout_rs_lower_threshold or 1 / correction.rollout_rs_threshold
-    return lower < correction.rollout_rs_threshold
+    low, high = correction.rollout_rs_lower_threshold, correction.rollout_rs_threshold
+    if any(criterion.endswith("k1") for criterion in correction.rollout_rs):
+        return (low or 1 / high) >= high
+    return low is not None
 
 
 def _unclear_sources(spec: Spec) -> list[int]:
@@ -142,73 +149,58 @@ def _cel_list(values: Iterable[str]) -> str:
 RULES: tuple[Rule, ...] = (
     Rule(
         "actor.useKLLoss",
-        lambda s: not (s.algorithm.use_kl_in_reward and s.actor.use_kl_loss),
+        lambda s: s.algorithm.use_kl_in_reward and s.actor.use_kl_loss,
         "!(self.algorithm.useKLInReward && (has(self.actor.useKLLoss) ? self.actor.useKLLoss : "
         "has(self.algorithm.preset) && self.algorithm.preset == 'GRPO'))",
         "algorithm.useKLInReward and actor.useKLLoss are both on, so the KL would count twice",
         "Set one of them to false (preset GRPO turns useKLLoss on).",
-        lambda s: s.actor.use_kl_loss,
     ),
     Rule(
         "rollout.n",
-        lambda s: (
-            s.rollout.n >= 2 or s.algorithm.advantage_estimator not in {"grpo", "rloo", "reinforcePlusPlusBaseline"}
-        ),
+        lambda s: s.rollout.n < 2 and s.algorithm.advantage_estimator in {"grpo", "rloo", "reinforcePlusPlusBaseline"},
         "self.rollout.n >= 2 || (has(self.algorithm.advantageEstimator) && !(self.algorithm.advantageEstimator in ['grpo', 'rloo', 'reinforcePlusPlusBaseline']))",
         "the advantage estimator compares the samples of a group, so it needs at least 2",
         "Set rollout.n to 2 or more, or algorithm.advantageEstimator to reinforce or reinforcePlusPlus.",
-        lambda s: s.rollout.n,
     ),
     Rule(
         "actor.ppoMiniBatchSize",
-        lambda s: s.data.train_batch_size % s.actor.ppo_mini_batch_size == 0,
+        lambda s: s.data.train_batch_size % s.actor.ppo_mini_batch_size != 0,
         "self.data.trainBatchSize % self.actor.ppoMiniBatchSize == 0",
         "does not divide data.trainBatchSize",
         "Choose a divisor of data.trainBatchSize.",
-        lambda s: s.actor.ppo_mini_batch_size,
     ),
     Rule(
         "rollout.minReplicas",
-        lambda s: s.rollout.min_replicas is None or s.rollout.min_replicas <= s.rollout.replicas,
+        lambda s: (s.rollout.min_replicas or 0) > s.rollout.replicas,
         "!has(self.rollout.minReplicas) || self.rollout.minReplicas <= self.rollout.replicas",
         "is more than rollout.replicas, so generation could never start",
         "Lower rollout.minReplicas or raise rollout.replicas.",
-        lambda s: s.rollout.min_replicas,
     ),
     Rule(
         "data.trainFiles",
-        lambda s: bool(s.data.train_files) != bool(s.data.dataset),
+        lambda s: bool(s.data.train_files) == bool(s.data.dataset),
         "(size(self.data.trainFiles) > 0) != has(self.data.dataset)",
         "exactly one of data.trainFiles and data.dataset gives the prompts",
         "Set data.trainFiles to Parquet files, or data.dataset to module:function.",
-        lambda s: s.data.train_files,
     ),
     Rule(
         "algorithm.overlongBuffer.length",
-        lambda s: (
-            s.algorithm.overlong_buffer.length is None
-            or s.algorithm.overlong_buffer.length <= s.data.max_response_length
-        ),
+        lambda s: (s.algorithm.overlong_buffer.length or 0) > s.data.max_response_length,
         "!has(self.algorithm.overlongBuffer.length) || self.algorithm.overlongBuffer.length <= self.data.maxResponseLength",
         "is longer than data.maxResponseLength",
         "Choose a part of data.maxResponseLength; DAPO takes a fifth.",
-        lambda s: s.algorithm.overlong_buffer.length,
     ),
     Rule(
         "algorithm.rolloutCorrection.rolloutIsLowerThreshold",
-        lambda s: (
-            (low := s.algorithm.rollout_correction.rollout_is_lower_threshold) is None
-            or low < s.algorithm.rollout_correction.rollout_is_threshold
-        ),
+        lambda s: (c := s.algorithm.rollout_correction).rollout_is_threshold <= (c.rollout_is_lower_threshold or 0),
         "!has(self.algorithm.rolloutCorrection.rolloutIsLowerThreshold) || "
         "self.algorithm.rolloutCorrection.rolloutIsLowerThreshold < self.algorithm.rolloutCorrection.rolloutIsThreshold",
         "is not below rolloutIsThreshold, so every weight would be 0",
         "Choose lower < threshold, e.g. 0.5 and 5.0.",
-        lambda s: s.algorithm.rollout_correction.rollout_is_lower_threshold,
     ),
     Rule(
         "algorithm.rolloutCorrection.rolloutRsLowerThreshold",
-        _ratio_bounds,
+        _no_room_for_ratios,
         "self.algorithm.rolloutCorrection.rolloutRs.exists(c, c.endsWith('k1')) ? "
         "(has(self.algorithm.rolloutCorrection.rolloutRsLowerThreshold) ? self.algorithm.rolloutCorrection.rolloutRsLowerThreshold "
         ": 1.0 / self.algorithm.rolloutCorrection.rolloutRsThreshold) < self.algorithm.rolloutCorrection.rolloutRsThreshold "
@@ -216,212 +208,187 @@ RULES: tuple[Rule, ...] = (
         "(default 1 / rolloutRsThreshold) bounds the k1 criteria of rolloutRs from below, so it needs one of them and has to be less "
         "than rolloutRsThreshold",
         "Choose lower < rolloutRsThreshold, e.g. 0.5 and 2.0, or leave it out.",
-        lambda s: s.algorithm.rollout_correction.rollout_rs_lower_threshold,
     ),
     Rule(
         "algorithm.filterGroups.enable",
-        lambda s: s.rollout.n >= 2 or not s.algorithm.filter_groups.enable,
+        lambda s: s.rollout.n < 2 and s.algorithm.filter_groups.enable,
         "self.rollout.n >= 2 || !(has(self.algorithm.filterGroups.enable) ? self.algorithm.filterGroups.enable : "
         "has(self.algorithm.preset) && self.algorithm.preset == 'DAPO')",
         "would filter every group: a single sample never differs from its group",
         "Set rollout.n to 2 or more, or algorithm.filterGroups.enable to false.",
-        lambda s: s.algorithm.filter_groups.enable,
     ),
     Rule(
         "rollout.temperature",
-        lambda s: s.rollout.temperature == 1 or not s.rollout.cuts or not s.algorithm.rollout_correction.reads_engine,
+        lambda s: s.rollout.temperature != 1 and s.rollout.cuts and s.algorithm.rollout_correction.reads_engine,
         "self.rollout.temperature == 1.0 || (self.rollout.topP == 1.0 && self.rollout.topK == -1) || "
         "(self.algorithm.rolloutCorrection.rolloutIs == 'none' && size(self.algorithm.rolloutCorrection.rolloutRs) == 0 && "
         "!self.algorithm.rolloutCorrection.bypassMode)",
         "is not 1 while topP or topK cuts tokens off: the engine's log-probs are then of the cut distribution, and the weights that "
         "algorithm.rolloutCorrection makes of them would shrink with every token",
         "Set temperature to 1, or topP to 1 and topK to -1; or do without those weights: rolloutIs none, no rolloutRs, no bypassMode.",
-        lambda s: s.rollout.temperature,
     ),
     Rule(
         "rollout.topK",
-        lambda s: s.rollout.top_k != 0,
+        lambda s: s.rollout.top_k == 0,
         "self.rollout.topK != 0",
         "0 would leave no token to sample",
         "Set -1 for all tokens, or 1 and more.",
-        lambda s: s.rollout.top_k,
     ),
     Rule(
         "rollout.engineArgs",
-        lambda s: not _engine_args(s),
+        _engine_args,
         "",
         "sets what the run sets itself",
         "Leave it out.",
-        _engine_args,
     ),
     Rule(
         "rollout.maxModelLen",
-        lambda s: (s.rollout.max_model_len or 2**31) >= s.data.max_prompt_length + s.data.max_response_length,
+        lambda s: s.rollout.context_tokens(0, LARGEST_COUNT) < s.data.max_prompt_length + s.data.max_response_length,
         "!has(self.rollout.maxModelLen) || self.rollout.maxModelLen >= self.data.maxPromptLength + self.data.maxResponseLength",
         "does not hold data.maxPromptLength and data.maxResponseLength together",
         "Raise it, or leave it out.",
-        lambda s: s.rollout.max_model_len,
     ),
     Rule(
         "rollout.maxNumBatchedTokens",
-        lambda s: (s.rollout.max_num_batched_tokens or 2**31) >= s.rollout.max_num_seqs,
+        lambda s: (s.rollout.max_num_batched_tokens or LARGEST_COUNT) < s.rollout.max_num_seqs,
         "!has(self.rollout.maxNumBatchedTokens) || self.rollout.maxNumBatchedTokens >= self.rollout.maxNumSeqs",
         "is less than rollout.maxNumSeqs: an engine step makes a token for each sequence",
         "Raise it, or lower rollout.maxNumSeqs.",
-        lambda s: s.rollout.max_num_batched_tokens,
     ),
     Rule(
         "actor.ppoMicroBatchSizePerGPU",
-        lambda s: _both_absent((s.actor.ppo_micro_batch_size_per_gpu, s.actor.ppo_max_token_len_per_gpu)),
+        lambda s: s.actor.ppo_micro_batch_size_per_gpu and s.actor.ppo_max_token_len_per_gpu,
         "!(has(self.actor.ppoMicroBatchSizePerGPU) && has(self.actor.ppoMaxTokenLenPerGPU))",
         "is set together with actor.ppoMaxTokenLenPerGPU",
         "Keep one: a number of sequences, or a token budget.",
-        lambda s: s.actor.ppo_micro_batch_size_per_gpu,
     ),
     Rule(
         "ref.logProbMicroBatchSizePerGPU",
-        lambda s: _both_absent((s.ref.log_prob_micro_batch_size_per_gpu, s.ref.log_prob_max_token_len_per_gpu)),
+        lambda s: s.ref.log_prob_micro_batch_size_per_gpu and s.ref.log_prob_max_token_len_per_gpu,
         "!(has(self.ref.logProbMicroBatchSizePerGPU) && has(self.ref.logProbMaxTokenLenPerGPU))",
         "is set together with ref.logProbMaxTokenLenPerGPU",
         "Keep one: a number of sequences, or a token budget.",
-        lambda s: s.ref.log_prob_micro_batch_size_per_gpu,
     ),
     Rule(
         "rollout.logProbMicroBatchSizePerGPU",
-        lambda s: _both_absent((s.rollout.log_prob_micro_batch_size_per_gpu, s.rollout.log_prob_max_token_len_per_gpu)),
+        lambda s: s.rollout.log_prob_micro_batch_size_per_gpu and s.rollout.log_prob_max_token_len_per_gpu,
         "!(has(self.rollout.logProbMicroBatchSizePerGPU) && has(self.rollout.logProbMaxTokenLenPerGPU))",
         "is set together with rollout.logProbMaxTokenLenPerGPU",
         "Keep one: a number of sequences, or a token budget.",
-        lambda s: s.rollout.log_prob_micro_batch_size_per_gpu,
     ),
     Rule(
         "network.memberTimeoutSeconds",
-        lambda s: s.network.member_timeout_seconds >= 3 * s.network.heartbeat_seconds,
+        lambda s: s.network.member_timeout_seconds < 3 * s.network.heartbeat_seconds,
         "self.network.memberTimeoutSeconds >= 3.0 * self.network.heartbeatSeconds",
         "is less than three heartbeats, so one late packet would lose a process",
         "Raise it to three times network.heartbeatSeconds or more.",
-        lambda s: s.network.member_timeout_seconds,
     ),
     Rule(
         "network.trainerPort",
-        lambda s: not _trainer_ports(s),
+        _trainer_ports,
         "[[self.network.trainerPort, self.network.weightSyncPort], [self.network.weightSyncPort, self.network.rendezvousPort], "
         "[self.network.rendezvousPort, self.network.trainerPort]].all(pair, pair[0] == 0 || pair[0] != pair[1])",
         "is one of weightSyncPort and rendezvousPort, or these are the same: they are servers of one process",
         "Choose three ports, or 0.",
-        _trainer_ports,
     ),
     Rule(
         "network.rolloutPort",
-        lambda s: not s.network.rollout_port or s.network.rollout_port + s.rollout.replicas <= 65536,
+        lambda s: s.network.rollout_port and s.network.rollout_port + s.rollout.replicas > 65536,
         "self.network.rolloutPort == 0 || self.network.rolloutPort + self.rollout.replicas <= 65536",
         "leaves no port for the last of rollout.replicas: replica i takes this port + i under `grpo run`",
         "Lower it, or set 0.",
-        lambda s: s.network.rollout_port,
     ),
     Rule(
         "trainer.loggers",
-        lambda s: not _repeated(s.trainer.loggers),
+        lambda s: _repeated(s.trainer.loggers),
         "self.trainer.loggers.all(l, self.trainer.loggers.exists_one(m, m == l))",
         "names a logger twice, so each line would be written twice",
         "Name each once.",
-        lambda s: _repeated(s.trainer.loggers),
     ),
     Rule(
         "rollout.maxReplicas",
-        lambda s: s.rollout.max_replicas is None or s.rollout.replicas <= s.rollout.max_replicas,
+        lambda s: s.rollout.replicas > (s.rollout.max_replicas or LARGEST_COUNT),
         "!has(self.rollout.maxReplicas) || self.rollout.replicas <= self.rollout.maxReplicas",
         "is less than rollout.replicas",
         "Raise rollout.maxReplicas or lower rollout.replicas.",
-        lambda s: s.rollout.max_replicas,
     ),
     Rule(
         "failurePolicy.rules",
-        lambda s: not _failure_rules(s, without_criterion=True),
+        lambda s: _failure_rules(s, without_criterion=True),
         "self.failurePolicy.rules.all(r, size(r.roles) + size(r.exitCodes) + size(r.podConditions) + size(r.reasons) > 0)",
         "has a rule without any criterion, which would match every failure",
         "Give it roles, exitCodes, podConditions or reasons; all three roles match every failure on purpose.",
-        lambda s: _failure_rules(s, without_criterion=True),
     ),
     Rule(
         "failurePolicy.rules",
-        lambda s: not _failure_rules(s, without_criterion=False),
+        lambda s: _failure_rules(s, without_criterion=False),
         "self.failurePolicy.rules.all(r, r.action != 'RestartPod' || size(r.exitCodes) + size(r.podConditions) + size(r.reasons) "
         "+ size(r.roles) == 0 || (size(r.roles) > 0 && r.roles.all(role, role == 'rollout')))",
         "has a rule with action RestartPod that is not for roles: [rollout]: only rollout pods can be replaced alone",
         "Set roles: [rollout], or action RestartSet or RestartJob.",
-        lambda s: _failure_rules(s, without_criterion=False),
     ),
     Rule(
         "runtime.env",
-        lambda s: not _unclear_variables(s),
+        _unclear_variables,
         "self.runtime.env.all(v, has(v.value) != has(v.valueFrom) && "
         "(!has(v.valueFrom) || has(v.valueFrom.secretKeyRef) != has(v.valueFrom.configMapKeyRef)))",
         "has a variable without exactly one of value, valueFrom.secretKeyRef and valueFrom.configMapKeyRef",
         "Keep one of them; value: '' is an empty variable.",
-        _unclear_variables,
     ),
     Rule(
         "runtime.env",
-        lambda s: not _repeated(variable.name for variable in s.runtime.env),
+        lambda s: _repeated(variable.name for variable in s.runtime.env),
         "self.runtime.env.all(v, self.runtime.env.exists_one(w, w.name == v.name))",
         "sets a variable twice",
         "Keep one entry of each name.",
-        lambda s: _repeated(variable.name for variable in s.runtime.env),
     ),
     Rule(
         "runtime.env",
-        lambda s: not any(owns_variable(variable.name) for variable in s.runtime.env),
+        lambda s: [variable.name for variable in s.runtime.env if owns_variable(variable.name)],
         f"self.runtime.env.all(v, {no_owned_variable('v')})",
         "sets a variable that `grpo run` and the operator set for each process",
         f"Leave it out: {OWNED_VARIABLE_PREFIX}* and ranks are theirs; MASTER_PORT is network.rendezvousPort; devices follow from "
         "trainer.gpusPerNode, rollout.tensorParallelSize and runtime.device; VLLM_CPU_KVCACHE_SPACE is rollout.cpuKVCacheGiB; for "
         "PYTHONPATH, name functions by path/to/file.py:function, whose folder is searched.",
-        lambda s: [variable.name for variable in s.runtime.env if owns_variable(variable.name)],
     ),
     Rule(
         "runtime.envFrom",
-        lambda s: not _unclear_sources(s),
+        _unclear_sources,
         "self.runtime.envFrom.all(s, has(s.secretRef) != has(s.configMapRef))",
         "has an entry without exactly one of secretRef and configMapRef",
         "Keep one of them in each entry.",
-        _unclear_sources,
     ),
     Rule(
         "runtime.volumes",
-        lambda s: not _volume_names(s),
+        _volume_names,
         "self.runtime.volumes.all(v, self.runtime.volumes.exists_one(w, w.name == v.name) && "
         f"!(v.name in {_cel_list(RESERVED_VOLUME_NAMES)}))",
         "has a name twice, or one of the operator's own",
         f"Give each volume its own name, none of {', '.join(sorted(RESERVED_VOLUME_NAMES))}.",
-        _volume_names,
     ),
     Rule(
         "runtime.volumes",
-        lambda s: not _mount_paths(s),
+        _mount_paths,
         "self.runtime.volumes.all(v, self.runtime.volumes.exists_one(w, w.mountPath == v.mountPath) && "
         f"!(v.mountPath in {_cel_list(RESERVED_MOUNT_PATHS)}) && "
         "!v.mountPath.startsWith('/etc/grpo/') && !v.mountPath.startsWith('/dev/shm/'))",
         "has a mountPath twice, or one of the operator's own",
         f"Mount each at its own path, e.g. /data; none of {', '.join(sorted(RESERVED_MOUNT_PATHS))}.",
-        _mount_paths,
     ),
     Rule(
         "runtime.podTemplate",
-        lambda s: not _pod_settings(s),
+        _pod_settings,
         "",
         "sets what would reach outside the pod (host paths, host namespaces, privilege) or what the operator owns",
         "Leave it out; volumes come from claims (runtime.volumes), devices from resources.",
-        _pod_settings,
     ),
     Rule(
         "scheduling.tolerations",
-        lambda s: not _tolerations(s),
+        _tolerations,
         "self.scheduling.tolerations.all(t, "
         "(has(t.operator) && t.operator == 'Exists' ? !has(t.value) || t.value == '' : has(t.key)) && "
         "(!has(t.tolerationSeconds) || (has(t.effect) && t.effect == 'NoExecute')))",
         "has an entry that Kubernetes refuses",
         "operator Exists takes no value; a missing key needs operator Exists; tolerationSeconds needs effect NoExecute.",
-        _tolerations,
     ),
 )
