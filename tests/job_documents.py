@@ -172,6 +172,11 @@ CONTRADICTIONS = [
     (["rollout.n=1", "algorithm.advantageEstimator=reinforcePlusPlusBaseline"], "rollout.n", "at least 2"),
     (["data.trainBatchSize=100", "actor.ppoMiniBatchSize=64"], "actor.ppoMiniBatchSize", "divisor"),
     (["data.trainBatchSize=8"], "actor.ppoMiniBatchSize", "does not divide"),
+    (
+        ["actor.optim={lrScheduler: cosine, lrWarmupSteps: 40}", "trainer.totalSteps=10"],
+        "actor.optim.lrWarmupSteps",
+        "to decay over",
+    ),
     (["rollout.minReplicas=2"], "rollout.minReplicas", "raise rollout.replicas"),
     (["data.trainFiles=[]"], "data.trainFiles", "exactly one"),
     (["data.dataset=rows:make"], "data.trainFiles", "exactly one"),
@@ -338,6 +343,8 @@ GOOD = [
     [
         "algorithm.rolloutCorrection={rolloutRs: [token_k1, seq_max_k2], rolloutRsThreshold: 0.9, rolloutRsLowerThreshold: 0.5}"
     ],
+    ["actor.optim={lrScheduler: linear, lrWarmupSteps: 39}", "trainer.totalSteps=10"],
+    ["actor.optim={lrWarmupSteps: 40}", "trainer.totalSteps=10"],
     ["rollout.temperature=1", "rollout.topP=0.95", "rollout.topK=20"],
     ["rollout.temperature=0.7", "rollout.topP=0.95", NO_IS],
     ["rollout.temperature=0.7", "rollout.validation.topP=0.9"],

@@ -38,15 +38,7 @@ def volumes(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         _mount("tmp", TEMPORARY),
         _mount("shm", SHARED_MEMORY),
     ]
-    names, paths = {volume["name"] for volume in ours}, {mount["mountPath"] for mount in mounts}
-    for index, extra in enumerate(runtime.volumes):
-        field = f"runtime.volumes[{index}]"
-        if extra.name in names:
-            raise CannotBuild(f"{field}.name: {extra.name} names another volume of the pod. Choose another name.")
-        if extra.mount_path in paths:
-            raise CannotBuild(f"{field}.mountPath: {extra.mount_path} is another volume's. Choose another directory.")
-        names.add(extra.name)
-        paths.add(extra.mount_path)
+    for extra in runtime.volumes:  # no name and no path twice: the document was refused
         ours.append({"name": extra.name, "persistentVolumeClaim": {"claimName": extra.claim_name}})
         mounts.append(_mount(extra.name, extra.mount_path, sub_path=extra.sub_path, read_only=extra.read_only))
     return ours, mounts

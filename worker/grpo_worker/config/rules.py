@@ -170,6 +170,18 @@ RULES: tuple[Rule, ...] = (
         "Choose a divisor of data.trainBatchSize.",
     ),
     Rule(
+        "actor.optim.lrWarmupSteps",
+        lambda s: (
+            s.actor.optim.lr_scheduler != "constant"
+            and s.actor.updates_per_step(s.data.train_batch_size) * (s.trainer.total_steps or LARGEST_COUNT)
+            <= s.actor.optim.lr_warmup_steps
+        ),
+        "self.actor.optim.lrScheduler == 'constant' || !has(self.trainer.totalSteps) || self.trainer.totalSteps * self.actor.ppoEpochs * "
+        "((self.data.trainBatchSize - 1) / self.actor.ppoMiniBatchSize + 1) > self.actor.optim.lrWarmupSteps",
+        "leaves none of trainer.totalSteps' updates for actor.optim.lrScheduler to decay over",
+        "Shorten it, or set actor.optim.lrScheduler to constant.",
+    ),
+    Rule(
         "rollout.minReplicas",
         lambda s: (s.rollout.min_replicas or 0) > s.rollout.replicas,
         "!has(self.rollout.minReplicas) || self.rollout.minReplicas <= self.rollout.replicas",
