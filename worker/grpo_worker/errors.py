@@ -137,3 +137,6 @@ class DeviceError(GRPOError):
 
     exit_code = ExitCode.DEVICE
     reason = "DeviceFailed"
+
+
+BY_EXIT_CODE: dict[int, type[GRPOError]] = {kind.exit_code: kind for kind in GRPOError.__subclasses__()}

@@ -29,18 +29,12 @@ from grpo_worker.environment import (
     RUN_DIRECTORY,
 )
 from grpo_worker.errors import (
-    CheckpointDamagedError,
+    BY_EXIT_CODE,
     ConfigError,
-    DataError,
-    DeviceError,
     ExitCode,
     GRPOError,
     InternalError,
-    MemoryFullError,
-    PeerLostError,
-    RetryableError,
     StalledError,
-    UsageError,
     YieldedError,
     one_line,
 )
@@ -272,7 +266,7 @@ class Supervisor:
     def _failure(self, name: str, suffix: str) -> GRPOError:
         child = self._children[name]
         reason, message = child.last_word()
-        error = _ERRORS.get(child.code or 0, InternalError)(
+        error = BY_EXIT_CODE.get(child.code or 0, InternalError)(
             f"{name} failed{' ' + suffix if suffix else ''}: {message}\nIts log: {child.spec.log}"
         )
         error.reason = reason
@@ -345,22 +339,6 @@ class Supervisor:
             child.wait(END_GRACE_SECONDS)
             child.kill()
             child.wait(END_GRACE_SECONDS)
-
-
-_ERRORS: dict[int, type[GRPOError]] = {
-    kind.exit_code: kind
-    for kind in (
-        UsageError,
-        DataError,
-        ConfigError,
-        RetryableError,
-        CheckpointDamagedError,
-        PeerLostError,
-        StalledError,
-        MemoryFullError,
-        DeviceError,
-    )
-}
 
 
 def _code_text(code: int | None) -> str:
