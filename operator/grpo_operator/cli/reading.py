@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from grpo_worker import errors
-from grpo_worker.errors import ExitCode, GRPOError, YieldedError
+from grpo_worker.errors import BY_EXIT_CODE, ExitCode, GRPOError, YieldedError
 
 Job = Mapping[str, Any]
 
 # Reasons of the error classes, with their codes: `Failed` carries the reason of what ended the job.
-_CODES = {
-    kind.reason: kind.exit_code
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, GRPOError) and kind is not GRPOError
-} | {
+_CODES = {kind.reason: kind.exit_code for kind in BY_EXIT_CODE.values()} | {
     "InvalidJob": ExitCode.USAGE,
     "InvalidSpec": ExitCode.USAGE,
     "InvalidImageName": ExitCode.CONFIG,
