@@ -21,7 +21,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from grpo_worker.errors import ConfigError
+from grpo_worker.errors import ConfigError, one_line
 from grpo_worker.trainer.self_check import TOLERANCE, Outcome, Specimen
 
 LIMIT_SECONDS = 240
@@ -78,12 +78,12 @@ def examine(family: str, settings: dict[str, Any]) -> tuple[str, str, str]:
     except ConfigError as error:
         return "-", "-", f"refused: {_reason(str(error))}"
     except Exception as error:
-        return "-", "-", f"refused: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        return "-", "-", f"refused: {type(error).__name__}: {one_line(error)[:80]}"
     remarks = []
     if specimen.renamed:
         remarks.append(f"refused: the files name it otherwise ({specimen.renamed[0].split('.', 3)[-1]})")
     elif not padded.passed and not packed.passed:
-        remarks.append("refused")
+        remarks.append(f"refused{_head(specimen)}")
     elif not packed.passed:
         remarks.append("useRemovePadding: false")
     if specimen.logit_scale != 1:
@@ -91,9 +91,18 @@ def examine(family: str, settings: dict[str, Any]) -> tuple[str, str, str]:
     return _number(packed), _number(padded), "; ".join(remarks)
 
 
+def _head(specimen: Specimen) -> str:
+    """What sets its logits apart, in words."""
+    lm = specimen.build("eager")
+    head = lm.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        return ": a bias in its head"
+    return ": a soft cap on its logits" if "cap" in " ".join(vars(lm.config.get_text_config())) else ""
+
+
 def _number(outcome: Outcome) -> str:
     if outcome.error:
-        return f"no: {outcome.error[:60]}".replace("|", "/")
+        return f"no: {outcome.error.removeprefix('ConfigError: model.path: ')[:60]}".replace("|", "/")
     return f"{'right' if outcome.passed else 'no'}, {max(outcome.log_prob, outcome.gradient):.0e}"
 
 

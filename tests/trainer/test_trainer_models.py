@@ -28,6 +28,7 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {}),
     ("olmo2", {}),
     ("gpt2", {}),
+    ("opt", {}),
     ("granite", GRANITE),
     ("cohere", {}),
 ]

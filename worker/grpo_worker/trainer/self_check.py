@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from grpo_worker.errors import ConfigError
 from grpo_worker.trainer.batch import Sequences, collate
+from grpo_worker.trainer.loading import without_weights
 from grpo_worker.trainer.model import PolicyModel, attention_implementation, wrap_layers
 from grpo_worker.trainer.tiny_copy import VOCABULARY, WINDOW_TOKENS, tiny_copy
 
@@ -57,7 +58,7 @@ class Specimen:
         for narrow in (True, False):
             try:
                 self.config = tiny_copy(config, longest_tokens, narrow)
-                size = sum(p.numel() for p in _on_meta(self.config).parameters())
+                size = sum(p.numel() for p in _empty(self.config).parameters())
                 if size > MOST_PARAMETERS:
                     raise ValueError(f"a copy of {size / 1e6:.0f} million parameters is too large to try")
                 plain = self.build("eager")
@@ -134,7 +135,7 @@ def logit_scale(config: PreTrainedConfig) -> float:
     Also 1 for a head that does anything else (a soft cap, a bias) or cannot be tried alone: the comparison tells.
     """
     try:
-        lm: Any = _on_meta(tiny_copy(config, longest_tokens=1, narrow=False))
+        lm: Any = _empty(tiny_copy(config, longest_tokens=1, narrow=False))
         head = lm.get_output_embeddings()
         for name, parameter in list(head.named_parameters()):
             setattr(head, name, nn.Parameter(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5, False))
@@ -143,15 +144,15 @@ def logit_scale(config: PreTrainedConfig) -> float:
         with torch.no_grad():
             logits = lm(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
             product = hidden @ head.weight.t()
+        scale = float((logits * product).sum() / product.square().sum())
+        return scale if torch.allclose(logits, scale * product, rtol=1e-4, atol=1e-6) else 1.0
     except Exception:  # whatever a foreign model's code raises
         return 1.0
-    scale = float((logits * product).sum() / product.square().sum())
-    return scale if torch.allclose(logits, scale * product, rtol=1e-4, atol=1e-6) else 1.0
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    with without_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _sequences() -> Sequences:
