@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_worker.report.curves import Chart
-from grpo_worker.report.palette import LIGHT
+from grpo_worker.report.style import LIGHT
 from grpo_worker.report.svg import nice_ticks, value_range
 
 PANELS = ("reward", "validation", "response_length", "kl", "entropy", "step_time")

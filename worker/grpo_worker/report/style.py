@@ -3,7 +3,9 @@
 Invariant: no font, image or rule comes from outside; light and dark follow the reader's system, and print is light.
 """
 
-from grpo_worker.report.palette import DARK, LIGHT
+# The charts' colours on a light and on a dark page: slot i means the same line in both, and a part of the step time keeps its slot.
+LIGHT = ("#2563eb", "#d9730d", "#12906b", "#8b4fd9", "#c2374a", "#0e8fa3", "#a67c00", "#c4478f", "#6d5a4a", "#9aa3ae")
+DARK = ("#6ea0ff", "#f0a04b", "#3fc296", "#b48cf2", "#f07183", "#3fc0d4", "#d9b53a", "#ee84bf", "#b39b88", "#737d89")
 
 
 def style_sheet() -> str:
