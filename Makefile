@@ -1,6 +1,6 @@
 # Each target sets up what it needs, from Python 3.11 or newer and make alone.
 #   make demo   trains a small model in minutes and writes its report     make test   all tests
-#   make lint   format, lint, types, import arrows                        make bench  what produced the numbers in the docs
+#   make lint   format, lint, types, imports, dead code                   make bench  what produced the numbers in the docs
 #   make e2e    a real Kubernetes node, images, chart, jobs (root)        make cluster  leaves one running to play with
 
 SHELL := /bin/bash
@@ -44,6 +44,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases -p e2e.cluster -p e2e.scenarios
 	$(BIN)/lint-imports
+	$(BIN)/vulture
 
 format: $(STAMP)
 	$(BIN)/ruff format $(SOURCES)
