@@ -215,7 +215,7 @@ def test_following_shows_events_and_steps_and_ends_with_0_when_the_job_succeeds(
 
 @pytest.mark.parametrize(
     ("reason", "exit_code", "expected"),
-    [("InvalidData", 65, 65), ("OutOfMemory", 85, 85), ("OutOfMemory", 137, 70)],
+    [("InvalidData", 65, 65), ("OutOfMemory", 1, 84), ("NCCLTimeout", 85, 85), ("NCCLTimeout", 137, 70)],
 )
 def test_following_ends_with_the_code_of_the_failure(
     grpo: Grpo, printed: Printed, reason: str, exit_code: int, expected: int
