@@ -13,6 +13,7 @@ import pytest
 import torch
 from trainer_helpers import batch_message, options_for, plain_log_probs, save_tiny_model
 
+from grpo_worker.checkpoint import write_manifest
 from grpo_worker.protocol.messages import Array
 from grpo_worker.trainer.batch import Sequences
 from grpo_worker.trainer.distributed import Ranks, join
@@ -61,6 +62,7 @@ def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change:
     actual.shards.save(tmp_path / "checkpoint", actual.state)
     status = actual.save_status(60.0)
     assert status.done and not status.error
+    write_manifest(tmp_path / "checkpoint", status.files, epoch=0, step=2)
     assert actual.shards.load(tmp_path / "checkpoint").step == 2
     source = actual.publisher.publish(actual.model, 1)
     assert source is not None and source.total_bytes > 0
