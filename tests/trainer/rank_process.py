@@ -16,7 +16,7 @@ from trainer_helpers import batch_message, options_for, recorded_update, sequenc
 from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol.messages import LoadRequest, LogProbsRequest, PublishRequest, SaveRequest, UpdateRequest
-from grpo_worker.trainer import loop
+from grpo_worker.trainer import hf_format, loop
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes, join, leave
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused
@@ -178,6 +178,7 @@ def main() -> None:
     if scenarios[0].startswith("late"):
         sys.exit(late(model, output, float(scenarios[0].partition("=")[2])))
     ranks = join("cpu", 60.0, seed=0)
+    hf_format.MIN_FILE_BYTES = 1 << 14  # a tiny model's weights in a file for each rank too
     results = {}
     for scenario in scenarios:
         name, _, checkpoint = scenario.partition("=")

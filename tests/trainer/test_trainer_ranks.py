@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import stat
 import sys
 import threading
@@ -22,6 +23,7 @@ from trainer_helpers import (
 )
 from transformers import AutoModelForCausalLM
 
+from grpo_worker.model_files import tensor_headers
 from grpo_worker.trainer.launch import Placement, run_ranks
 
 PROGRAM = Path(__file__).with_name("rank_process.py")
@@ -174,6 +176,14 @@ def test_the_actor_folder_loads_in_transformers(unbroken: dict[int, Any], checkp
     assert set(parameters) == set(unbroken[2]["middle"])
     for name, value in unbroken[2]["middle"].items():
         assert torch.equal(parameters[name], value), name
+
+
+def test_each_rank_writes_weights_of_its_own(checkpoints: dict[int, Path]) -> None:
+    actor = checkpoints[2] / "actor"
+    index = json.loads((actor / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in actor.glob("*.safetensors")}
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(math.prod(shape) * 4 for _, shape, _ in tensor_headers(actor))
 
 
 def test_published_tensors_are_the_checkpoints_names_in_order(model: Path, unbroken: dict[int, Any]) -> None:

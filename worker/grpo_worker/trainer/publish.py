@@ -7,7 +7,6 @@ room before the first gather, so a refusal is known to all ranks before any of t
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol import codec
@@ -67,12 +66,3 @@ class Publisher:
 
 def tensor_specs(model: PolicyModel, dtype: torch.dtype) -> list[TensorSpec]:
     return [TensorSpec(name, tuple(p.shape), dtype_name(dtype)) for name, p in named_parameters(model)]
-
-
-def whole_state(model: PolicyModel, dtype: torch.dtype, ranks: Ranks) -> dict[str, Tensor] | None:
-    """Copies of all parameters in host memory on rank 0, None elsewhere. Collective."""
-    state: dict[str, Tensor] = {}
-    for name, tensor in gathered_parameters(model, dtype, ranks.device):
-        if ranks.is_first:
-            state[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda).copy_(tensor)
-    return state if ranks.is_first else None

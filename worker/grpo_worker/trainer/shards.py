@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from grpo_worker.checkpoint.files import make_directory, seal
@@ -34,10 +33,9 @@ from grpo_worker.protocol.messages import SaveStatusReply
 from grpo_worker.storage import as_storage_error, free_bytes
 from grpo_worker.trainer.distributed import Ranks, seed_everything
 from grpo_worker.trainer.failures import OperationRefused, damaged, root_cause
-from grpo_worker.trainer.hf_format import write_model
+from grpo_worker.trainer.hf_format import WeightFiles, write_beside_weights
 from grpo_worker.trainer.model import PolicyModel, named_parameters
 from grpo_worker.trainer.optimizer import PolicyOptimizer
-from grpo_worker.trainer.publish import whole_state
 from grpo_worker.trainer.shard_files import METADATA_FILE, ShardReader, ShardWriter, system_error
 from grpo_worker.trainer.update import TrainerState, release_gathered
 
@@ -76,7 +74,7 @@ class ShardStore:
         """Copy the state and start to write it below `directory`. Returns the seconds of stall. Collective."""
         started = time.perf_counter()
         self._finish_earlier()
-        whole = whole_state(self.model, self.save_dtype, self.ranks)
+        weights = WeightFiles.copied(self.model, self.save_dtype, self.ranks)
         facts = {**asdict(state), "world_size": self.ranks.world_size, "torch": torch.__version__}
         generators = random_state()
         self._status = SaveStatusReply(done=False)
@@ -90,8 +88,7 @@ class ShardStore:
             error = ""
             try:
                 getattr(future, "upload_completion", future).result(self.timeout_seconds)
-                self._write_rest(directory, whole, facts, generators)
-                files = self._seal_files(directory)
+                files = self._write_rest(directory, weights, facts, generators)
             except (
                 Exception,
                 CheckpointException,
@@ -163,24 +160,19 @@ class ShardStore:
                 )
 
     def _write_rest(
-        self, directory: Path, whole: dict[str, Tensor] | None, facts: dict[str, Any], generators: dict[str, Any]
-    ) -> None:
-        below = directory / STATE_DIRECTORY
-        with (below / _generator_file(self.ranks.rank)).open("wb") as file:
+        self, directory: Path, weights: WeightFiles, facts: dict[str, Any], generators: dict[str, Any]
+    ) -> dict[str, str]:
+        """What DCP did not write, and this rank's files sealed: path below `directory` -> "xxh3:HEX"."""
+        rank, below, actor = self.ranks.rank, directory / STATE_DIRECTORY, directory / ACTOR_DIRECTORY
+        for folder in (below, actor):
+            make_directory(folder)
+        with (below / _generator_file(rank)).open("wb") as file:
             torch.save(generators, file)
-        if whole is not None:
-            (below / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-            write_model(directory / ACTOR_DIRECTORY, self.model.lm, whole, self.save_dtype, self.source)
-
-    def _seal_files(self, directory: Path) -> dict[str, str]:
-        """This rank's files: path below `directory` -> "xxh3:HEX"."""
-        rank, below = self.ranks.rank, directory / STATE_DIRECTORY
-        mine = [*below.glob(f"__{rank}_*"), below / _generator_file(rank)]
+        mine = [*below.glob(f"__{rank}_*"), below / _generator_file(rank), *weights.write(actor)]
         if self.ranks.is_first:
-            actor = directory / ACTOR_DIRECTORY
-            for folder in (below, actor):
-                make_directory(folder)
-            mine += [below / METADATA_FILE, below / FACTS_FILE, *(path for path in actor.rglob("*") if path.is_file())]
+            (below / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+            mine += [below / METADATA_FILE, below / FACTS_FILE]
+            mine += write_beside_weights(actor, self.model.lm, weights.split, self.save_dtype, self.source)
         return {str(path.relative_to(directory)): seal(path) for path in sorted(mine)}
 
     def _conclude(self, error: str, files: dict[str, str], started: float) -> None:
