@@ -28,7 +28,7 @@ from grpo_worker.protocol.messages import (
 )  # fmt: skip
 from grpo_worker.rollout.engine import RolloutEngine
 from grpo_worker.rollout.options import EngineOptions
-from grpo_worker.weightsync.manifest import Manifest, TensorSpec
+from grpo_worker.weightsync.manifest import SnapshotManifest, TensorSpec
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore, dtype_name
 
@@ -64,7 +64,7 @@ class Trainer:
     def publish(self, version: int, tensors: dict[str, torch.Tensor]) -> StoreSource:
         return self.server.source(self.publish_manifest(version, tensors))
 
-    def publish_manifest(self, version: int, tensors: dict[str, torch.Tensor]) -> Manifest:
+    def publish_manifest(self, version: int, tensors: dict[str, torch.Tensor]) -> SnapshotManifest:
         specs = [TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()]
         with self.store.begin(version, specs) as writer:
             for name, tensor in tensors.items():

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from grpo_worker.errors import DataError
 from grpo_worker.weightsync.manifest import (
-    Manifest,
+    SnapshotManifest,
     TensorEntry,
     TensorSpec,
     WeightsDamagedError,
@@ -23,14 +23,14 @@ from grpo_worker.weightsync.manifest import (
 EXPECTED = {name: TensorSpec(name, (2, 3), "bfloat16") for name in ("embed", "q_proj", "k_proj")}
 
 
-def manifest(**changes: TensorSpec | None) -> Manifest:
+def manifest(**changes: TensorSpec | None) -> SnapshotManifest:
     """A manifest of the expected tensors, with some replaced, added or (None) left out."""
     specs = [spec for spec in {**EXPECTED, **changes}.values() if spec is not None]
     offsets, total = layout(specs)
     entries = [
         TensorEntry(s.name, s.shape, s.dtype, offset, s.size_bytes, 0) for s, offset in zip(specs, offsets, strict=True)
     ]
-    return Manifest(7, total, entries)
+    return SnapshotManifest(7, total, entries)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_a_manifest_whose_tensors_overlap_is_refused() -> None:
     entry = good.tensors[1]
     moved = TensorEntry(entry.name, entry.shape, entry.dtype, 0, entry.size_bytes, 0)
     with pytest.raises(WeightsDamagedError, match="q_proj is at 0"):
-        check_places(Manifest(7, good.total_bytes, [good.tensors[0], moved, good.tensors[2]]))
+        check_places(SnapshotManifest(7, good.total_bytes, [good.tensors[0], moved, good.tensors[2]]))
 
 
 def test_the_digest_sees_every_field_but_the_version() -> None:
     base = manifest()
-    assert Manifest(8, base.total_bytes, base.tensors).digest == base.digest
+    assert SnapshotManifest(8, base.total_bytes, base.tensors).digest == base.digest
     for change in (
         {"embed": TensorSpec("embed", (3, 2), "bfloat16")},
         {"embed": TensorSpec("embed", (2, 3), "float16")},

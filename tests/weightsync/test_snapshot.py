@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from grpo_worker.errors import DataError, StalledError
-from grpo_worker.weightsync.manifest import Manifest, TensorSpec, VersionNotHeldError
+from grpo_worker.weightsync.manifest import SnapshotManifest, TensorSpec, VersionNotHeldError
 from grpo_worker.weightsync.snapshot import SnapshotStore
 
 SPECS = [TensorSpec("a", (3, 5), "float32"), TensorSpec("b", (7,), "bfloat16"), TensorSpec("scalar", (), "float32")]
 
 
-def publish(store: SnapshotStore, version: int, value: float) -> Manifest:
+def publish(store: SnapshotStore, version: int, value: float) -> SnapshotManifest:
     with store.begin(version, SPECS) as writer:
         for spec in SPECS:
             writer.write(spec.name, torch.full(spec.shape, value))

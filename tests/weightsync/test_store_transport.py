@@ -14,7 +14,13 @@ from grpo_worker.errors import ConfigError, PeerLostError, RetryableError
 from grpo_worker.protocol.messages import StoreSource
 from grpo_worker.weightsync import wire
 from grpo_worker.weightsync.client import batches, fetch_manifest, pull
-from grpo_worker.weightsync.manifest import Manifest, TensorEntry, TensorSpec, VersionNotHeldError, WeightsDamagedError
+from grpo_worker.weightsync.manifest import (
+    SnapshotManifest,
+    TensorEntry,
+    TensorSpec,
+    VersionNotHeldError,
+    WeightsDamagedError,
+)
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore
 
@@ -24,7 +30,7 @@ SPECS = [TensorSpec(f"layer.{i}", (1000 + i, 37), "float32") for i in range(12)]
 ]
 
 
-def publish(store: SnapshotStore, version: int) -> Manifest:
+def publish(store: SnapshotStore, version: int) -> SnapshotManifest:
     with store.begin(version, SPECS) as writer:
         for spec in SPECS:
             writer.write(spec.name, torch.rand(spec.shape, generator=torch.Generator().manual_seed(version)))
@@ -62,7 +68,7 @@ def content(store: SnapshotStore, version: int) -> bytes:
         return bytes(snapshot.data)
 
 
-def tensors(data: bytes, manifest: Manifest) -> list[bytes]:
+def tensors(data: bytes, manifest: SnapshotManifest) -> list[bytes]:
     return [data[entry.offset : entry.offset + entry.size_bytes] for entry in manifest.tensors]
 
 
@@ -83,7 +89,7 @@ def test_a_pull_that_runs_over_a_newer_publish_gets_the_version_it_asked_for(
     first = publish(store, 1)
     wanted, staging = content(store, 1), Staging()
 
-    def publish_next(manifest: Manifest) -> None:
+    def publish_next(manifest: SnapshotManifest) -> None:
         publish(store, 2)
 
     manifest = pull(server.source(first), token=TOKEN, into=staging, deadline=soon(), check=publish_next)
@@ -122,7 +128,7 @@ def test_bytes_that_changed_after_the_publish_name_their_tensor(store: SnapshotS
 
 
 def test_a_refused_manifest_stops_the_pull_before_any_weight_moves(store: SnapshotStore, server: WeightServer) -> None:
-    def refuse(manifest: Manifest) -> None:
+    def refuse(manifest: SnapshotManifest) -> None:
         raise ValueError("does not fit")
 
     source = server.source(publish(store, 1))

@@ -48,7 +48,7 @@ from grpo_worker.rollout.options import (
 from grpo_worker.rollout.staging import StagingMemory
 from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack, version_of_tag
 from grpo_worker.weightsync.client import pull
-from grpo_worker.weightsync.manifest import Manifest, expected_tensors, verify
+from grpo_worker.weightsync.manifest import SnapshotManifest, expected_tensors, verify
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ class RolloutEngine:
             pull_seconds=pulled - started, apply_seconds=apply_seconds, pause_seconds=ended - paused, total_seconds=ended - started,
         )  # fmt: skip
 
-    def _pull(self, request: ApplyWeightsRequest, deadline: float) -> Manifest:
+    def _pull(self, request: ApplyWeightsRequest, deadline: float) -> SnapshotManifest:
         """Runs in a thread: generation goes on."""
         return pull(
             request.store, token=self.options.token, into=self._staging.reserve, streams=self.options.network.weight_sync_streams,
@@ -309,7 +309,7 @@ class RolloutEngine:
             check=lambda manifest: verify(manifest, self._expected, optional=self._optional, dtypes=self._dtypes),
         )  # fmt: skip
 
-    async def _swap(self, request: ApplyWeightsRequest, manifest: Manifest) -> float:
+    async def _swap(self, request: ApplyWeightsRequest, manifest: SnapshotManifest) -> float:
         """Seconds that the workers needed to load the staged weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 

@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from grpo_worker.rollout.options import BACKEND
 from grpo_worker.rollout.orphan import end_with_parent
-from grpo_worker.weightsync.manifest import Manifest
+from grpo_worker.weightsync.manifest import SnapshotManifest
 
 
 def register() -> None:
@@ -39,7 +39,7 @@ class StoreInitInfo(WeightTransferInitInfo):
 @dataclass
 class StoreUpdateInfo(WeightTransferUpdateInfo):
     path: str  # of the staging memory
-    manifest: bytes  # msgpack of `Manifest`; every checksum has been compared with the staged bytes
+    manifest: bytes  # msgpack of `SnapshotManifest`; every checksum has been compared with the staged bytes
 
 
 class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
@@ -63,7 +63,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def receive_weights(self, update_info: StoreUpdateInfo) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        manifest = msgspec.msgpack.decode(update_info.manifest, type=Manifest)
+        manifest = msgspec.msgpack.decode(update_info.manifest, type=SnapshotManifest)
         data = self._map(update_info.path, manifest.total_bytes)
         parameters = {name for name, _ in self.model.named_parameters()}
         self.applied = None
@@ -109,7 +109,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
                 self._staged = (path, mmap.mmap(file.fileno(), total_bytes))
         return self._staged[1]
 
-    def _tensors(self, manifest: Manifest, data: mmap.mmap) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors(self, manifest: SnapshotManifest, data: mmap.mmap) -> Iterator[tuple[str, torch.Tensor]]:
         for entry in manifest.tensors:
             dtype = getattr(torch, entry.dtype)
             if entry.size_bytes == 0:

@@ -19,7 +19,7 @@ from grpo_worker.errors import ConfigError, PeerLostError, RetryableError
 from grpo_worker.protocol.messages import StoreSource
 from grpo_worker.weightsync import wire
 from grpo_worker.weightsync.manifest import (
-    Manifest,
+    SnapshotManifest,
     TensorEntry,
     VersionNotHeldError,
     WeightsDamagedError,
@@ -29,7 +29,7 @@ from grpo_worker.weightsync.manifest import (
 BATCH_BYTES = 32 << 20  # small tensors that one request asks for together
 
 
-def fetch_manifest(source: StoreSource, *, token: str, timeout_seconds: float, deadline: float) -> Manifest:
+def fetch_manifest(source: StoreSource, *, token: str, timeout_seconds: float, deadline: float) -> SnapshotManifest:
     """Ask for a version's manifest and check that it is the one that the source announces.
 
     Args:
@@ -47,7 +47,7 @@ def fetch_manifest(source: StoreSource, *, token: str, timeout_seconds: float, d
             length = pull.ask(connection, "manifest")
             body = bytearray(length)
             pull.receive(connection, memoryview(body), None)
-        manifest = msgspec.msgpack.decode(body, type=Manifest)
+        manifest = msgspec.msgpack.decode(body, type=SnapshotManifest)
     except (OSError, msgspec.DecodeError) as error:
         raise pull.lost(error) from error
     if (
@@ -70,8 +70,8 @@ def pull(
     streams: int = 4,
     timeout_seconds: float = 60.0,
     deadline: float,
-    check: Callable[[Manifest], None] | None = None,
-) -> Manifest:
+    check: Callable[[SnapshotManifest], None] | None = None,
+) -> SnapshotManifest:
     """Pull one version into a staging buffer and verify it.
 
     Args:

@@ -69,7 +69,7 @@ class TensorEntry(msgspec.Struct, array_like=True, frozen=True):
     checksum: int  # xxh3_64 of the bytes
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class SnapshotManifest(msgspec.Struct, frozen=True):
     version: int
     total_bytes: int
     tensors: list[TensorEntry]
@@ -89,7 +89,7 @@ def layout(specs: Iterable[TensorSpec]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def check_places(manifest: Manifest) -> None:
+def check_places(manifest: SnapshotManifest) -> None:
     """Refuse a manifest whose tensors do not lie where `layout` puts them (it came over a network).
 
     Raises:
@@ -110,7 +110,7 @@ def check_places(manifest: Manifest) -> None:
 
 
 def verify(
-    manifest: Manifest,
+    manifest: SnapshotManifest,
     expected: Mapping[str, TensorSpec],
     *,
     optional: Collection[str] = (),

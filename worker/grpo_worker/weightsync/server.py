@@ -16,7 +16,7 @@ import msgspec
 from grpo_worker.errors import ConfigError
 from grpo_worker.protocol.messages import StoreSource
 from grpo_worker.weightsync import wire
-from grpo_worker.weightsync.manifest import Manifest, VersionNotHeldError
+from grpo_worker.weightsync.manifest import SnapshotManifest, VersionNotHeldError
 from grpo_worker.weightsync.snapshot import Snapshot, SnapshotStore
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class WeightServer:
         self._acceptor = threading.Thread(target=self._accept, name="weight-server", daemon=True)
         self._acceptor.start()
 
-    def source(self, manifest: Manifest, host: str | None = None) -> StoreSource:
+    def source(self, manifest: SnapshotManifest, host: str | None = None) -> StoreSource:
         """Where replicas find a version. `host` is the address that they can reach (default: the bound one)."""
         return StoreSource(
             host=host or self.host,

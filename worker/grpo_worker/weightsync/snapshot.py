@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from grpo_worker.errors import DataError, StalledError
-from grpo_worker.weightsync.manifest import Manifest, TensorEntry, TensorSpec, VersionNotHeldError, layout
+from grpo_worker.weightsync.manifest import SnapshotManifest, TensorEntry, TensorSpec, VersionNotHeldError, layout
 
 CHUNK_BYTES = 256 << 10  # copied and hashed at a time
 
@@ -30,7 +30,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 @dataclass
 class _Buffer:
     memory: torch.Tensor  # uint8 [bytes]; pinned when there is a GPU
-    manifest: Manifest | None = None  # None: empty or being written
+    manifest: SnapshotManifest | None = None  # None: empty or being written
     readers: list[str] = field(default_factory=list)
 
 
@@ -38,7 +38,7 @@ class _Buffer:
 class Snapshot:
     """A version that is held for one reader."""
 
-    manifest: Manifest
+    manifest: SnapshotManifest
     data: memoryview  # [total_bytes], read-only
 
 
@@ -54,7 +54,7 @@ class SnapshotStore:
         self._hashers = ThreadPoolExecutor(hash_threads, thread_name_prefix="weight-hash")
 
     @property
-    def current(self) -> Manifest | None:
+    def current(self) -> SnapshotManifest | None:
         with self._changed:
             return self._current.manifest if self._current else None
 
@@ -132,7 +132,7 @@ class SnapshotStore:
             self._writing = True
             return buffer
 
-    def _finish(self, buffer: _Buffer, manifest: Manifest | None) -> None:
+    def _finish(self, buffer: _Buffer, manifest: SnapshotManifest | None) -> None:
         with self._changed:
             buffer.manifest = manifest
             if manifest is not None:
@@ -194,7 +194,7 @@ class SnapshotWriter:
             self._place(spec, offset).copy_(tensor)
             self._hashes[name] = self._hashers.submit(self._checksum, spec, offset)
 
-    def commit(self) -> Manifest:
+    def commit(self) -> SnapshotManifest:
         """Make this version the current one.
 
         Raises:
@@ -218,7 +218,7 @@ class SnapshotWriter:
             )
             for spec, future in zip(self._specs, futures, strict=True)
         ]
-        manifest = Manifest(self._version, self._total_bytes, entries)
+        manifest = SnapshotManifest(self._version, self._total_bytes, entries)
         self._open = False
         self._store._finish(self._buffer, manifest)
         return manifest
