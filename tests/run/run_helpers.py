@@ -148,7 +148,7 @@ class Run:
         self._log.close()
 
 
-UNREPEATABLE: Sequence[str] = ("timing_s/", "timing_per_token_ms/", "perf/", "weight_sync/")
+UNREPEATABLE: Sequence[str] = ("startup_s/", "timing_s/", "timing_per_token_ms/", "perf/", "weight_sync/")
 
 
 def repeatable(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
