@@ -67,3 +67,22 @@ def test_weights_and_config_of_two_models_are_named(tmp_path: Path) -> None:
         DataError, match=r"mlp\.gate_proj\.weight has shape \(96, 64\) in model\.safetensors and \(128, 64\)"
     ):
         build_policy(options_for(tmp_path), single_rank().mesh)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.weight_scale_inv", "model.layers.9.self_attn.q_proj.weight"]
+)
+def test_a_tensor_that_the_model_does_not_have_is_named(tmp_path: Path, name: str) -> None:
+    """Quantised weights have the right names and shapes; without their scales they are other weights."""
+    file = save_tiny_model(tmp_path) / "model.safetensors"
+    save_file({**load_file(file), name: torch.ones(2)}, file)
+    with pytest.raises(
+        DataError, match=rf"model\.path: .*1 tensors that are no parameters of the model, the first {name}"
+    ):
+        build_policy(options_for(tmp_path), single_rank().mesh)
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    file = save_tiny_model(tmp_path) / "model.safetensors"
+    save_file({**load_file(file), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, file)
+    build_policy(options_for(tmp_path), single_rank().mesh)

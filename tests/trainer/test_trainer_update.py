@@ -1,5 +1,6 @@
 """Gradients and updates on one rank: against plain Transformers, and against each other however the batch is cut."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,7 @@ def test_a_mini_batch_of_zero_advantages_is_a_skipped_update(model: Path) -> Non
     sequences.values["advantages"][:] = 0.0
     metrics = updater.update(sequences, 2)
     assert (metrics["actor/skipped_updates"], metrics["actor/trained_sequences"], updater.state.updates) == (1, 0, 2)
+    assert not any(math.isnan(value) for value in metrics.values())
     assert all(torch.equal(before[name], value) for name, value in whole_parameters(updater.model).items())
     after = updater.optimizer.state()
     assert all(torch.equal(after[name][key], value) for name, state in first.items() for key, value in state.items())

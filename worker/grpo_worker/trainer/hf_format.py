@@ -77,10 +77,7 @@ def write_beside_weights(
 def _config(lm: PreTrainedModel, dtype: torch.dtype, source: Path) -> dict[str, Any]:
     """The source's config.json with our dtype and class; the loaded one when it is of another kind (the text part of a larger model)."""
     config: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-    loaded = lm.config.to_dict()
     if config.get("model_type") != lm.config.model_type:
-        config = loaded
-    elif "quantization_config" not in loaded:  # undone when the model was loaded
-        config.pop("quantization_config", None)
+        config = lm.config.to_dict()
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
     return config | {"architectures": [type(lm).__name__]} | dict.fromkeys(names, str(dtype).removeprefix("torch."))

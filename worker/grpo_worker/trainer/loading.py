@@ -1,8 +1,8 @@
 """Weights from the model's files into the shards of a model that was built without any.
 
 Invariant: a rank reads its own rows of each tensor and holds nothing of the others: memory on its way is one tensor's
-rows. A parameter that the files do not hold under its own name and in its own shape is an error, since engines and
-checkpoints know the weights by these names; only a tied head may be absent.
+rows. A parameter that the files do not hold under its own name and in its own shape is an error, and so is a tensor of the
+files that is no parameter, since engines and checkpoints know the weights by these names; only a tied head may be absent.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from grpo_worker.errors import DataError, one_line
 from grpo_worker.model_files import weight_files
+
+COMPUTED = "rotary_emb.inv_freq"  # in old checkpoints; made from the configuration
 
 
 @contextmanager
@@ -50,16 +52,26 @@ def load_shards(model: nn.Module, directory: Path, device: torch.device, prefix:
     names: dict[nn.Parameter, list[str]] = {}  # a tied parameter has several
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
+    held = {
+        parameter: next((n for name in own if (n := name.removeprefix(prefix)) in files), "")
+        for parameter, own in names.items()
+    }
+    if missing := next((own[0].removeprefix(prefix) for parameter, own in names.items() if not held[parameter]), None):
+        raise DataError(
+            f"model.path: {directory} holds no tensor {missing} (it has {len(files)}, the first "
+            f"{min(files, default='none')}): its files store the weights in another form than the model has them, quantised, "
+            "merged or under other names. Load and save it once with Transformers, or choose another model."
+        )
+    known = {name.removeprefix(prefix) for own in names.values() for name in own}
+    if unknown := sorted(name for name in files if name not in known and not name.endswith(COMPUTED)):
+        raise DataError(
+            f"model.path: {directory} holds {len(unknown)} tensors that are no parameters of the model, the first {unknown[0]} (scales "
+            "of quantised weights, a router's state, a head for drafting): the trainer would ignore them, and engines refuse weights "
+            "without them. Choose a model without them."
+        )
     state: dict[str, Tensor] = {}
     for parameter, own in names.items():
-        held = next((n for name in own if (n := name.removeprefix(prefix)) in files), None)
-        if held is None:
-            raise DataError(
-                f"model.path: {directory} holds no tensor {own[0].removeprefix(prefix)} (it has {len(files)}, the first "
-                f"{min(files, default='none')}): its files store the weights in another form than the model has them, quantised, "
-                "merged or under other names. Load and save it once with Transformers, or choose another model."
-            )
-        state |= dict.fromkeys(own, _own_rows(parameter, files[held], held, device))
+        state |= dict.fromkeys(own, _own_rows(parameter, files[held[parameter]], held[parameter], device))
     model.load_state_dict(state, strict=False, assign=True)
 
 
@@ -90,7 +102,5 @@ def _own_rows(parameter: nn.Parameter, path: Path, name: str, device: torch.devi
         shape, offset = compute_local_shape_and_global_offset(empty.shape, empty.device_mesh, empty.placements)
         local = torch.empty(shape, dtype=empty.dtype, device=device)
         local.copy_(part[offset[0] : offset[0] + shape[0]])
-    shard = DTensor.from_local(
-        local, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
-    )
-    return nn.Parameter(shard, parameter.requires_grad)
+    # As FSDP makes its own: `DTensor.from_local` would move an offloaded shard to the mesh's device.
+    return nn.Parameter(DTensor(local, empty._spec, requires_grad=False), parameter.requires_grad)

@@ -37,11 +37,13 @@ class ModelFlops:
 
     @classmethod
     def of(cls, lm: PreTrainedModel) -> "ModelFlops | None":
-        """None for a mixture of experts, in which a token meets a part of the parameters, and for unknown shapes."""
+        """None for a mixture of experts, in which a token meets a part of the parameters, for layers without full attention, and for
+        unknown shapes."""
         config = lm.config
         heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
-        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-        if experts or not isinstance(heads, int) or not isinstance(layers, int):
+        experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+        other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if experts or other_layers or not isinstance(heads, int) or not isinstance(layers, int):
             return None
         table: Any = lm.get_input_embeddings()
         head: Any = lm.get_output_embeddings()

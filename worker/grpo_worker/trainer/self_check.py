@@ -107,7 +107,7 @@ def check_model(config: PreTrainedConfig, packed: bool, longest_tokens: int) -> 
     Raises ConfigError, with the numbers and what to set, for a model that our forward would compute wrongly.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # CUDA's generators keep the rank's seed
         specimen = Specimen(config, longest_tokens)
         if specimen.renamed:
             raise ConfigError(

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from grpo_worker.checkpoint.files import make_directory, seal
 from grpo_worker.checkpoint.layout import ACTOR_DIRECTORY, STATE_DIRECTORY
 from grpo_worker.checkpoint.manifest import read_manifest
-from grpo_worker.errors import CheckpointDamagedError, GRPOError, StalledError
+from grpo_worker.errors import CheckpointDamagedError, GRPOError, StalledError, memory_was_full
 from grpo_worker.protocol.messages import SaveStatusReply
 from grpo_worker.storage import as_storage_error, free_bytes
 from grpo_worker.trainer.distributed import Ranks, seed_everything
@@ -43,6 +43,8 @@ FACTS_FILE = "trainer.json"
 NO_SPACE_BYTES = 1 << 24
 
 Result = TypeVar("Result")
+
+PASSING_ERRORS = (errno.ESTALE, errno.ETIMEDOUT)  # of storage that may be itself again soon
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +111,18 @@ class ShardStore:
 
     def load(self, directory: Path) -> TrainerState:
         """Restore from `directory`. Collective. Raises OperationRefused, on all ranks, with the damage that any of them has found;
-        weights and optimizer are then worth nothing until another load has succeeded."""
+        weights and optimizer are then worth nothing until another load has succeeded. Raises RetryableError, or what the
+        allocator raised, when the checkpoint is not what failed."""
         self._finish_earlier()
         reader, facts, generators = self._agree(directory, lambda: self._open(directory))
         try:
             dcp.load(self._tensors(), storage_reader=reader, process_group=self.ranks.control)
         except CheckpointException as exception:  # the same on all ranks
+            if memory_was_full(exception):
+                raise
+            system = system_error(exception)
+            if system is not None and system.errno in PASSING_ERRORS:
+                raise as_storage_error(system, directory, "loading a checkpoint") from exception
             raise OperationRefused(damaged(directory, exception)) from exception
         self._restore_generators(facts, generators)
         release_gathered(self.model)

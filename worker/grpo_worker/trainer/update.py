@@ -117,7 +117,7 @@ class Updater:
                 self._mini_batch(sequences, range(first, first + count), trained, total_updates, sums, facts)
                 first += count
         self.state.step = step
-        computed = max(len(facts["perf/micro_batches"]), 1)  # mini-batches with something to learn from
+        computed = max(len(facts.get("perf/micro_batches", ())), 1)  # mini-batches with something to learn from
         means = {
             name: float(value) / (updates if name == "actor/pg_loss" else computed) for name, value in sums.items()
         }
