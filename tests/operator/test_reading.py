@@ -125,3 +125,10 @@ def test_an_invalid_job_says_everything_that_is_wrong() -> None:
 )
 def test_a_spoilt_part_of_a_status_does_not_take_the_rest_with_it(broken: dict[str, Any]) -> None:
     assert read_job({**document(), "status": {"attempt": 3, **broken}}).status.attempt == 3
+
+
+def test_a_job_that_has_started_is_held_to_no_newer_rules() -> None:
+    contradiction = document(rollout={"temperature": 0.7, "topP": 0.9})
+    assert "topP" in read_job(contradiction).invalid
+    started = read_job({**contradiction, "status": {"startTime": "2026-11-26T00:00:00Z"}})
+    assert started.invalid == "" and started.spec is not None

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from grpo_operator import clock
 from grpo_operator.facts import Job
-from grpo_worker.config import InvalidJob, Spec, job_from_document
+from grpo_worker.config import RULES, InvalidJob, Spec, job_from_document
 from grpo_worker.config.status import GRPOJobStatus
 from grpo_worker.errors import GRPOError
 
@@ -22,7 +22,9 @@ def read_job(document: Mapping[str, Any]) -> Job:
     spec: Spec | None = None
     invalid = ""
     try:
-        spec = job_from_document(_own(document), metadata.get("name", "GRPOJob")).spec
+        # A job that has started was let in by the rules of its day, and its fields cannot be mended: newer rules do not stop it.
+        rules = () if (document.get("status") or {}).get("startTime") else RULES
+        spec = job_from_document(_own(document), metadata.get("name", "GRPOJob"), rules=rules).spec
     except InvalidJob as error:
         invalid = "; ".join(str(issue) for issue in error.issues)
     except GRPOError as error:  # for example a preset that does not exist

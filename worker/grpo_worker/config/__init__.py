@@ -15,8 +15,10 @@ from grpo_worker.config.load import (
     resolved_document,
     written_document,
 )
+from grpo_worker.config.rules import RULES
 
 __all__ = [
+    "RULES",
     "GRPOJob",
     "InvalidJob",
     "Issue",

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from grpo_worker.config.job import GRPOJob, Spec
 from grpo_worker.config.pod_template import CONTAINER_LISTS
 from grpo_worker.config.presets import apply_preset
-from grpo_worker.config.rules import RULES
+from grpo_worker.config.rules import RULES, Rule
 from grpo_worker.config.yaml_text import EXPONENT
 from grpo_worker.errors import UsageError
 
@@ -105,8 +105,8 @@ def _text_of(file: Path) -> str:
         raise UsageError(f"{file}: cannot be read: {error}") from error
 
 
-def job_from_document(document: Any, source: str = "GRPOJob") -> GRPOJob:
-    """Validate a parsed document. Raises InvalidJob with every error."""
+def job_from_document(document: Any, source: str = "GRPOJob", *, rules: Sequence[Rule] = RULES) -> GRPOJob:
+    """Validate a parsed document. Raises InvalidJob with every error. `rules`: none for a document that was let in before."""
     if not isinstance(document, Mapping):
         raise InvalidJob(
             source, [Issue("(document)", document, "is not a mapping", "Start from examples/arithmetic.yaml.")]
@@ -118,7 +118,7 @@ def job_from_document(document: Any, source: str = "GRPOJob") -> GRPOJob:
         job = GRPOJob.model_validate(raw)
     except ValidationError as error:
         raise InvalidJob(source, [_issue(detail) for detail in error.errors(include_url=False)]) from None
-    broken = [Issue(f"spec.{r.path}", r.shown(job.spec), r.message, r.remedy) for r in RULES if r.wrong(job.spec)]
+    broken = [Issue(f"spec.{r.path}", r.shown(job.spec), r.message, r.remedy) for r in rules if r.wrong(job.spec)]
     if broken:
         raise InvalidJob(source, broken)
     return job
