@@ -319,9 +319,13 @@ async def test_no_engine_in_service_is_an_error_after_the_limit() -> None:
     async with world() as here:
         dispatcher = here.dispatcher(lambda group: None, no_engine_timeout_seconds=0.2)
         dispatcher.submit(groups(3), atomic=True)
+        running = asyncio.create_task(dispatcher.run())
+        await asyncio.sleep(0)
+        assert [wait.what for wait in here.members._waits] == ["a rollout server in service, for 3 prompts"]
         with pytest.raises(PeerLostError, match=r"3 prompts.*waited"):
             async with asyncio.timeout(10):
-                await dispatcher.run()
+                await running
+    assert here.members.waits() == []
 
 
 async def test_prompts_wait_for_an_engine_that_joins_late() -> None:

@@ -1,11 +1,12 @@
 """Who is alive, by heartbeats and a clock."""
 
 import asyncio
+import time
 
 import msgspec
 import pytest
 
-from grpo_worker.coordinator.members import Members
+from grpo_worker.coordinator.members import Members, SilentError
 from grpo_worker.protocol.messages import Heartbeat
 
 BEAT = Heartbeat(role="rollout", name="rollout-0", instance="a", url="http://host:1", state="ready")
@@ -131,3 +132,14 @@ def test_after_a_scale_down_who_is_gone_is_said_to_be_lost_and_then_forgotten(me
     assert listed() == {}
     members.beat(changed(name="rollout-0"))
     assert listed() == {"rollout-0": "ready"}, "and may come back"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("limit", [0.3, 1.0])
+async def test_who_is_silent_is_lost_at_its_limit_however_short(limit: float) -> None:
+    members = Members(limit, time.monotonic)
+    members.beat(BEAT)
+    (member,) = members.all()
+    with pytest.raises(SilentError, match="memberTimeoutSeconds"):
+        async with asyncio.timeout(10 * limit):
+            await members.watch(member, "an update")

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from grpo_worker.config.run import Checkpoint
 from grpo_worker.coordinator import saver as saver_module
 from grpo_worker.coordinator.saver import Saved, Saver, complete_checkpoints
 from grpo_worker.coordinator.trainer_client import TrainerFailed, TrainerLost
-from grpo_worker.errors import CheckpointDamagedError, ConfigError
+from grpo_worker.errors import CheckpointDamagedError, ConfigError, DataError
 from grpo_worker.protocol.messages import (
     ErrorReply,
     LoadReply,
@@ -316,3 +316,15 @@ async def test_complete_checkpoints_are_told_newest_first_with_those_of_an_earli
 async def test_a_checkpoint_without_a_readable_manifest_is_not_told(tmp_path: Path) -> None:
     (tmp_path / "epoch_0_step_5").mkdir()
     assert complete_checkpoints(tmp_path) == []
+
+
+async def test_a_checkpoint_of_another_model_is_refused_before_its_shards_are_loaded(tmp_path: Path) -> None:
+    await saved_run(tmp_path, 1)
+
+    def check(state: Mapping[str, Any]) -> None:
+        raise DataError("model.path: it was a and is b")
+
+    async with saving(tmp_path) as (saver, shards, _, _):
+        with pytest.raises(DataError, match="it was a and is b"):
+            await saver.resume("auto", check)
+    assert shards.loaded == []

@@ -298,3 +298,14 @@ def test_any_order_of_events_keeps_the_promises(
         assert len(simulation.admitted) <= last_version * batch_size
         assert left == set()
         assert schedule.version == min(last_version, number // batch_size)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_data_that_ends_with_the_bound_of_dynamic_sampling_has_ended(batches: int) -> None:
+    schedule = make(4 * batches, max_gen_batches=batches)
+    while admitted := schedule.admit():
+        for group in admitted:
+            end(group, GroupState.FILTERED)
+    batch = schedule.take()
+    assert len(batch.filtered) == 4 * batches and not batch.ready
+    assert schedule.at_end

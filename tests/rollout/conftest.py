@@ -16,14 +16,19 @@ from replica_helpers import CONTEXT, TOKEN, Loop, Replica, Trainer, engine_optio
 from grpo_worker.rollout.engine import RolloutEngine
 from grpo_worker.rollout.server import RolloutServer, listen
 
+LAST = ("kills_the_engine", "second_engine")  # from the last on
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The test that kills the session's engine runs last."""
-    items.sort(key=lambda item: item.get_closest_marker("kills_the_engine") is not None)
+    """What the session's engine does not survive whole runs after its other tests, the one that kills it last."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in LAST])
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kills_the_engine: runs after all other tests of the session")
+    config.addinivalue_line(
+        "markers", "second_engine: vLLM takes the first one's gauges out of this process's registry"
+    )
 
 
 @pytest.fixture(scope="session")

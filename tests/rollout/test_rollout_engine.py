@@ -63,6 +63,7 @@ def test_each_sync_makes_the_engine_the_model_that_was_published(replica: Replic
         assert_serves(replica, seed, version)
 
 
+@pytest.mark.second_engine
 def test_log_probs_are_those_of_the_tempered_distribution(model_directory: Path) -> None:
     """An engine of a run with `rollout.temperature: 0.7`."""
 

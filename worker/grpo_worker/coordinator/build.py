@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_worker.algorithms import ESTIMATORS, AdvantageEstimator
+from grpo_worker.concurrency import in_daemon_thread
 from grpo_worker.config import GRPOJob, Spec, written_document
 from grpo_worker.config.actor import check_decay
 from grpo_worker.coordinator.agents.dispatcher import AgentDispatcher, AgentSetup
@@ -77,14 +78,14 @@ async def build(
     )
     progress.set("Starting", f"looking for the model {spec.model.path}")
     with startup.part("model"):
-        directory = await asyncio.to_thread(resolve_model, spec.model.path, spec.model.revision)
+        directory = await in_daemon_thread(resolve_model, spec.model.path, spec.model.revision)
     events.emit("info", "Model", f"Model: {directory}")
     await asyncio.to_thread(saver.prepare, parameter_count(directory) * CHECKPOINT_BYTES_PER_PARAMETER)
     estimator = _estimator(spec.algorithm.advantage_estimator)
     agent = load_agent(spec.rollout.agent, spec.rollout.agent_options) if spec.rollout.agent else None
     progress.set("Starting", "reading the data")
     with startup.part("data"):
-        tokenizer, data, validation_prompts = await asyncio.to_thread(_open_data, spec, directory, events)
+        tokenizer, data, validation_prompts = await in_daemon_thread(_open_data, spec, directory, events)
     _check_decay(spec, data)
     with startup.part("rewards"):
         scorer = await _start_scorer(spec, tokenizer, events, stack)
@@ -101,11 +102,13 @@ async def build(
     learner = Learner(spec, outside.trainer, estimator)
     model = await asyncio.to_thread(describe_model, spec.model.path, spec.model.revision, directory)
     with startup.part("resume"):
-        resumed = await saver.resume(os.environ.get(RESUME) or spec.checkpoint.resume)
+        resumed = await saver.resume(
+            os.environ.get(RESUME) or spec.checkpoint.resume,
+            lambda state: check_same_model(state.get("model", model), model),
+        )
     step, updates, cursor = 0, 0, Cursor()
     if resumed is not None:
         point, state = resumed
-        check_same_model(state.get("model", model), model)
         step, cursor = point.step, data.restore(state["data"])
         updates = state.get("updates", step * spec.actor.updates_per_step(spec.data.train_batch_size))
         learner.kl_controller.load_state_dict(state["kl_controller"])

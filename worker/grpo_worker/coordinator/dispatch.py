@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from grpo_worker.coordinator.blame import PERMANENT, End, convicted, end_of, gives_up, is_suspect
@@ -56,20 +57,33 @@ class DispatchOptions:
 class ServiceLimit:
     """How long prompts may wait without any engine in service."""
 
-    def __init__(self, weights: WeightSync, limit_seconds: float) -> None:
+    def __init__(self, members: Members, weights: WeightSync, limit_seconds: float) -> None:
+        self._members = members
         self._weights = weights
         self._limit_seconds = limit_seconds
         self._served = time.monotonic()
+        self._wait: ExitStack | None = None  # while it is known as something that is waited for
 
     def check(self, waiting: int) -> None:
         """To be called now and then with the number of prompts that wait. Raises PeerLostError."""
         now = time.monotonic()
         if not waiting or self._weights.in_service():
             self._served = now
-        elif now - self._served > self._limit_seconds:
+            self.close()
+            return
+        if self._wait is None:
+            self._wait = ExitStack()
+            self._wait.enter_context(self._members.waiting(f"a rollout server in service, for {waiting} prompts"))
+        if now - self._served > self._limit_seconds:
             raise PeerLostError(
                 f"no rollout server was in service for {self._limit_seconds:.0f} s while {waiting} prompts waited. See the rollout logs."
             )
+
+    def close(self) -> None:
+        """Nothing waits any more."""
+        if self._wait is not None:
+            self._wait.close()
+            self._wait = None
 
 
 class RolloutDispatcher(ABC):
@@ -94,7 +108,7 @@ class RolloutDispatcher(ABC):
         self._queue: deque[Group] = deque()
         self._atomic = False
         self._wake = asyncio.Event()
-        self._service = ServiceLimit(weights, options.no_engine_timeout_seconds)
+        self._service = ServiceLimit(members, weights, options.no_engine_timeout_seconds)
         self._requests = 0
         self.generated_tokens = 0
         self.redispatched = 0  # prompts, or turns, that were asked for once more
@@ -122,6 +136,7 @@ class RolloutDispatcher(ABC):
                 except TimeoutError:
                     continue
         finally:
+            self._service.close()
             tasks = self._under_way()
             for task in tasks:
                 task.cancel()
@@ -291,7 +306,7 @@ class Dispatcher(RolloutDispatcher):
                 raise error
             left = sorted(flight.pending.values(), key=lambda group: -group.order)
             if left and flight.end is not End.UNFINISHED:
-                self._emit("warning", "RolloutLost", f"{flight.reason}; {len(left)} prompts go to another engine")
+                self._emit("warning", "RolloutLost", f"{flight.reason}; {len(left)} prompts go out again")
             alone = flight.alone or (flight.end is End.UNFINISHED and len(left) == 1)
             for group in left:
                 self._again(flight, group, flight.reason, flight.end, alone=alone)

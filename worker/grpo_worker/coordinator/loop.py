@@ -8,6 +8,7 @@ Invariants:
 import asyncio
 import os
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from grpo_worker.coordinator.validation import MakeDispatcher, Validation
 from grpo_worker.coordinator.weight_sync import SyncReport, WeightSync
 from grpo_worker.data.dataset import BlockDataset
 from grpo_worker.environment import DEVICE_COUNT
-from grpo_worker.errors import DataError, YieldedError
+from grpo_worker.errors import DataError, GRPOError, YieldedError
 
 
 @dataclass
@@ -175,8 +176,9 @@ class TrainingLoop:
         return result.metrics
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, Result]) -> Result | None:
-        """As `Halt.unless`; of a finished run nothing is broken off by a stop request."""
-        return await self._halt.unless(work, asked=self._step < self._parts.schedule.last_version)
+        """As `Halt.unless`; of a finished run nothing is broken off by a stop request while engines serve."""
+        unfinished = self._step < self._parts.schedule.last_version
+        return await self._halt.unless(work, asked=unfinished or not self._parts.weights.in_service())
 
     async def _save(self, state: RunState) -> None:
         self._parts.progress.set("Saving", f"step {state.step}")
@@ -189,8 +191,6 @@ class TrainingLoop:
             return
         limit = self._spec.network.request_timeout_seconds
         try:
-            if self._logged_step < state.step:
-                await self._log_step()
             async with asyncio.timeout(limit):
                 await self._save(state)
                 await parts.saver.wait()
@@ -199,6 +199,9 @@ class TrainingLoop:
             parts.emit(
                 "error", "CheckpointFailed", f"step {state.step} was not saved before the end of the run: {reason}"
             )
+        if self._logged_step < state.step:
+            with suppress(GRPOError):  # the directory that cannot be written may be what ends the run
+                await self._log_step()
 
     async def _end(self) -> None:
         """Save what the last save does not hold, and say how the run ended."""

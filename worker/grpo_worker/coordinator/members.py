@@ -143,7 +143,8 @@ class Members:
                     self._emit("warning", "MemberSilent", self._silence(member))
                 limit = self._timeout_seconds if member.told_silent else self._overdue_seconds
                 left = WATCH_SECONDS if frozen else max(limit - silent, 0.0) + 0.01
-                await self.wait(min(left, WATCH_SECONDS))
+                # Looked at several times within the limit: a longer pause than half of it then means that we stood still.
+                await self.wait(min(left, WATCH_SECONDS, self._timeout_seconds / 4))
 
     @contextmanager
     def waiting(self, what: str, member: Member | None = None) -> Iterator[None]:

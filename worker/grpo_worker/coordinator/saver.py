@@ -92,10 +92,15 @@ class Saver:
             self._emit("info", "CheckpointLeftover", f"removed {name}, which a killed save had left")
         self._on_kept(complete_checkpoints(self._root))
 
-    async def resume(self, mode: str) -> tuple[ResumePoint, dict[str, Any]] | None:
+    async def resume(
+        self, mode: str, check: Callable[[Mapping[str, Any]], None] = lambda state: None
+    ) -> tuple[ResumePoint, dict[str, Any]] | None:
         """Load the checkpoint that `checkpoint.resume` names into the trainer; None to start at step 0.
 
-        Raises CheckpointDamagedError, ConfigError.
+        Args:
+            check: raises for the coordinator's state of a checkpoint that this run must not go on from, before its shards are loaded.
+
+        Raises CheckpointDamagedError, ConfigError, and what `check` raises.
         """
         refused: dict[Path, str] = {}
         told: set[Path] = set()
@@ -108,13 +113,13 @@ class Saver:
             if decision.point is None:
                 return None
             try:
-                return decision.point, await self._load(decision.point)
+                return decision.point, await self._load(decision.point, check)
             except TrainerFailed as error:
                 if not error.recoverable:
                     raise
                 refused[decision.point.path] = str(error)
 
-    async def _load(self, point: ResumePoint) -> dict[str, Any]:
+    async def _load(self, point: ResumePoint, check: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
         """The coordinator's state. Raises TrainerFailed, recoverable when the trainer has found the shards damaged."""
         try:
             state = json.loads(await asyncio.to_thread(point.coordinator_file.read_text))
@@ -124,6 +129,7 @@ class Saver:
                 )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointDamagedError(f"{point.coordinator_file}: cannot be read: {error!r}") from error
+        check(state)
         reply = await self._trainer.call(LoadRequest(directory=str(point.path)), LoadReply)
         if reply.step != point.step:
             raise CheckpointDamagedError(

@@ -167,8 +167,8 @@ class Schedule:
 
     @property
     def at_end(self) -> bool:
-        """The data is used up and nothing is left in the window."""
-        return self._exhausted and not self._window
+        """Every prompt of the data is consumed."""
+        return self.prompts_left == 0
 
     def _ended_without_use(self) -> int:
         return sum(group.state in (GroupState.FILTERED, GroupState.FAILED) for group in self._window)

@@ -99,7 +99,8 @@ class WeightSync:
         Raises TrainerLost, TrainerFailed, ConfigError.
         """
         started = time.monotonic()
-        reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
+        with self._members.waiting(f"the trainer to publish the weights of version {version}"):
+            reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
         self._publishing = self._members.alive("rollout") if self._source is None else self.in_service()
         self._source = reply.store
         report = SyncReport(version, reply.seconds)

@@ -16,18 +16,17 @@ import json
 import logging
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
 import torch
 import xxhash
 
-from grpo_worker.concurrency import Gate
+from grpo_worker.concurrency import Gate, in_daemon_thread
 from grpo_worker.errors import DeviceError, GRPOError, PeerLostError, StalledError
 from grpo_worker.model_files import resolve_model
 from grpo_worker.protocol.messages import (
@@ -52,8 +51,6 @@ from grpo_worker.weightsync.manifest import SnapshotManifest, expected_tensors, 
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class EngineDeadError(DeviceError):
     """The engine's process is gone; this process must be started again."""
@@ -71,27 +68,6 @@ def sample_seed(seed: int, index: int) -> int:
     """Seed of sample `index` of a prompt: the same on every server and in every batch, and unrelated between prompts
     with adjacent seeds (vLLM's own n > 1 uses seed + index)."""
     return xxhash.xxh3_64_intdigest(f"{seed}:{index}".encode()) >> 1
-
-
-async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """`asyncio.to_thread`, but a process that is told to stop does not wait for it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if not future.done():
-            future.set_exception(error) if error else future.set_result(cast(T, result))
-
-    def work() -> None:
-        try:
-            outcome: tuple[T | None, BaseException | None] = (function(*arguments), None)
-        except BaseException as error:
-            outcome = (None, error)
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=work, daemon=True).start()
-    return await future
 
 
 class RunningPrompt:

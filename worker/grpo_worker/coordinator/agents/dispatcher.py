@@ -318,7 +318,7 @@ class AgentDispatcher(RolloutDispatcher):
                 end = End.FAILED
         if end in (End.ENGINE_DIED, End.LOST, End.NO_FAULT) and member not in self._lost:
             self._lost.add(member)
-            self._emit("warning", "RolloutLost", f"{reason}; its turns go to another engine")
+            self._emit("warning", "RolloutLost", f"{reason}; its turns are asked for again")
         return reason, end
 
     def _request(self, play: _Play, turn: TurnRequest) -> GenerateRequest:
