@@ -17,9 +17,9 @@ TABLE = [
 
 @pytest.mark.parametrize(("schedule", "warmup", "total", "floor", "rates"), TABLE)
 def test_rates_of_the_first_updates(schedule: str, warmup: int, total: int, floor: float, rates: list[float]) -> None:
-    optim = Optim.model_validate({"lr": 2.0, "lrScheduler": schedule, "lrWarmupSteps": warmup, "minLrRatio": floor})
-    assert [learning_rate(optim, total, k) for k in range(1, len(rates) + 1)] == pytest.approx([2 * r for r in rates])
+    optim = Optim.model_validate({"lr": 0.5, "lrScheduler": schedule, "lrWarmupSteps": warmup, "minLrRatio": floor})
+    assert [learning_rate(optim, total, k) for k in range(1, len(rates) + 1)] == pytest.approx([0.5 * r for r in rates])
 
 
 def test_a_decaying_schedule_whose_length_is_not_known_yet_keeps_the_peak() -> None:
-    assert learning_rate(Optim.model_validate({"lr": 2.0, "lrScheduler": "cosine"}), 0, 100) == 2.0
+    assert learning_rate(Optim.model_validate({"lr": 0.5, "lrScheduler": "cosine"}), 0, 100) == 0.5
