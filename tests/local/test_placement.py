@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +109,8 @@ def test_the_machine_has_the_gpus_that_this_process_may_see(
 def test_a_free_port_is_free_and_a_taken_one_names_its_field() -> None:
     port = free_port()
     require_free(port, "coordinatorPort")
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert port < lowest, "an outgoing connection may take it before its server starts"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
