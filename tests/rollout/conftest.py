@@ -16,19 +16,14 @@ from replica_helpers import CONTEXT, TOKEN, Loop, Replica, Trainer, engine_optio
 from grpo_worker.rollout.engine import RolloutEngine
 from grpo_worker.rollout.server import RolloutServer, listen
 
-LAST = ("second_engine", "kills_the_engine")  # from the last on
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the session's engine does not survive whole runs after its other tests: the one that kills it, then those of another engine."""
-    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in LAST])
+    """What the session's engine does not survive runs after all of its other tests."""
+    items.sort(key=lambda item: item.get_closest_marker("kills_the_engine") is not None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kills_the_engine: runs after all other tests of the session's engine")
-    config.addinivalue_line(
-        "markers", "second_engine: vLLM takes the first one's gauges out of this process's registry"
-    )
 
 
 @pytest.fixture(scope="session")

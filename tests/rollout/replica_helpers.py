@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,6 +90,16 @@ class Loop:
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_seconds: float = 120) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_seconds)
+
+
+async def until(condition: Callable[[], bool], what: str, timeout_seconds: float = 30) -> None:
+    """Wait, and fail with `what` after the limit."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            while not condition():
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"not within {timeout_seconds} s: {what}") from None
 
 
 def client(token: str = TOKEN) -> aiohttp.ClientSession:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from replica_helpers import CONTEXT, Replica, Trainer, engine_options, request_of, tiny_model, weights
+from replica_helpers import CONTEXT, Replica, Trainer, engine_options, request_of, tiny_model, until, weights
 
 from grpo_worker.protocol.messages import ApplyWeightsReply, GenerateRequest, GroupResult, VersionSpan
 from grpo_worker.rollout.engine import RolloutEngine
@@ -63,7 +63,6 @@ def test_each_sync_makes_the_engine_the_model_that_was_published(replica: Replic
         assert_serves(replica, seed, version)
 
 
-@pytest.mark.second_engine
 def test_log_probs_are_those_of_the_tempered_distribution(model_directory: Path) -> None:
     """An engine of a run with `rollout.temperature: 0.7`."""
 
@@ -181,9 +180,8 @@ def test_a_swap_under_running_requests_splits_their_spans_where_the_weights_chan
     async def swap_while_running() -> dict[str, GroupResult]:
         results: dict[str, GroupResult] = {}
         generation = asyncio.create_task(replica.generate_async(long, results))
-        while replica.engine.stats()["running"] < 8:
-            assert not generation.done()
-            await asyncio.sleep(0.01)
+        await until(lambda: generation.done() or replica.engine.stats()["running"] >= 8, "8 sequences run")
+        assert not generation.done()
         tracks = dict(replica.engine._tracks)
         status, _ = await asyncio.to_thread(replica.apply, source)
         assert status == 200
@@ -210,11 +208,6 @@ def test_a_swap_under_running_requests_splits_their_spans_where_the_weights_chan
             np.testing.assert_allclose(got[cut:], hf_log_probs(19, tokens, 3)[cut:], atol=1e-4)
 
 
-def preemptions(replica: Replica) -> float:
-    _, page = replica.get("/metrics")
-    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("vllm:num_preemptions_total"))
-
-
 @pytest.mark.parametrize("clear_cache", [True, False])
 def test_running_requests_go_on_over_a_swap_with_what_they_have_when_caches_are_kept(
     replica: Replica, trainer: Trainer, clear_cache: bool
@@ -226,21 +219,20 @@ def test_running_requests_go_on_over_a_swap_with_what_they_have_when_caches_are_
     source = trainer.publish(base + 1, weights(19))
     prompts = {f"p{i}": [3, 4, i + 2] * 32 for i in range(4)}
     long = request_of(prompts, n=2, temperature=1.0, max_tokens=150)
-    before = preemptions(replica)
+    before = replica.engine.stats()["preemptions_total"]
 
     async def swap_while_running() -> dict[str, GroupResult]:
         results: dict[str, GroupResult] = {}
         generation = asyncio.create_task(replica.generate_async(long, results))
-        while replica.engine.stats()["running"] < 8:
-            assert not generation.done()
-            await asyncio.sleep(0.01)
+        await until(lambda: generation.done() or replica.engine.stats()["running"] >= 8, "8 sequences run")
+        assert not generation.done()
         status, _ = await asyncio.to_thread(replica.apply, source, clear_cache=clear_cache)
         assert status == 200
         await generation
         return results
 
     results = replica.loop.run(swap_while_running())
-    assert preemptions(replica) - before == (8 if clear_cache else 0)
+    assert replica.engine.stats()["preemptions_total"] - before == (8 if clear_cache else 0)
     for name, group in results.items():
         for sample in group.samples:
             assert [span.version for span in sample.versions] == [base, base + 1]

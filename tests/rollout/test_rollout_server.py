@@ -8,7 +8,7 @@ import time
 
 import msgspec
 import pytest
-from replica_helpers import CONTEXT, VOCABULARY, Replica, Trainer, client, request_of, weights
+from replica_helpers import CONTEXT, VOCABULARY, Replica, Trainer, client, request_of, until, weights
 from test_rollout_engine import sync
 
 from grpo_worker.protocol import codec
@@ -129,9 +129,8 @@ def test_a_deadline_answers_for_every_prompt_and_frees_the_engine(replica: Repli
 
 async def idle(replica: Replica) -> None:
     """Wait until nothing runs or waits in the engine."""
-    async with asyncio.timeout(20):
-        while replica.engine._llm.output_processor.has_unfinished_requests() or replica.engine._tracks:
-            await asyncio.sleep(0.02)
+    engine = replica.engine
+    await until(lambda: not (engine._llm.output_processor.has_unfinished_requests() or engine._tracks), "it is idle")
 
 
 def test_a_client_that_goes_away_takes_its_requests_out_of_the_engine(replica: Replica) -> None:
@@ -139,9 +138,7 @@ def test_a_client_that_goes_away_takes_its_requests_out_of_the_engine(replica: R
 
     async def leave() -> None:
         async with client() as session, session.post(f"{replica.url}/v1/generate", data=codec.encode(request)):
-            async with asyncio.timeout(20):
-                while len(replica.engine._tracks) < 64:
-                    await asyncio.sleep(0.01)
+            await until(lambda: len(replica.engine._tracks) >= 64, "all 64 samples are admitted")
         await idle(replica)
 
     replica.loop.run(leave())
@@ -221,8 +218,7 @@ def test_a_dead_engine_is_told_to_all_who_wait_and_all_who_come(replica: Replica
     async def kill_while_running() -> dict[str, GroupResult]:
         results: dict[str, GroupResult] = {}
         generation = asyncio.create_task(replica.generate_async(long, results))
-        while replica.engine.stats()["running"] < 1:
-            await asyncio.sleep(0.01)
+        await until(lambda: replica.engine.stats()["running"] >= 1, "1 sequences run")
         (process,) = [child for child in multiprocessing.active_children() if "EngineCore" in child.name]
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)

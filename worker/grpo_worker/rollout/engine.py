@@ -51,6 +51,8 @@ from grpo_worker.weightsync.manifest import SnapshotManifest, expected_tensors, 
 
 log = logging.getLogger(__name__)
 
+STATS = ("running", "waiting", "kv_cache_usage", "generated_tokens_total", "preemptions_total")
+
 
 class EngineDeadError(DeviceError):
     """The engine's process is gone; this process must be started again."""
@@ -102,6 +104,7 @@ class RolloutEngine:
         self._apply_lock = asyncio.Lock()
         self._serials = itertools.count()
         self._tracks: dict[str, VersionTrack] = {}
+        self._stats = dict.fromkeys(STATS, 0.0)
         self._served_version = INITIAL_VERSION
         self._cache_salt = "0"  # requests share cached prefixes with those that were admitted since the same swap alone
 
@@ -160,7 +163,34 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = engine_arguments(self.options, directory, self.on_gpu)
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._stat_logger])
+
+    def _stat_logger(self, *_: Any) -> Any:
+        """For `stats`, beside vLLM's own gauges: those belong to the process, whose next engine takes them away."""
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        stats = self._stats
+
+        class Recorder(StatLoggerBase):
+            def __init__(self) -> None:
+                pass
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+                if scheduler_stats is not None:
+                    stats["running"] = scheduler_stats.num_running_reqs
+                    # from 0.28 on those that wait for something else than room are counted apart
+                    stats["waiting"] = scheduler_stats.num_waiting_reqs + getattr(
+                        scheduler_stats, "num_skipped_waiting_reqs", 0
+                    )
+                    stats["kv_cache_usage"] = scheduler_stats.kv_cache_usage
+                if iteration_stats is not None:
+                    stats["generated_tokens_total"] += iteration_stats.num_generation_tokens
+                    stats["preemptions_total"] += iteration_stats.num_preempted_reqs
+
+        return Recorder()
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -354,20 +384,8 @@ class RolloutEngine:
         self.weight_version = self.weight_digest = None
 
     def stats(self) -> dict[str, float]:
-        """What vLLM's own gauges say now: running, waiting, kv_cache_usage, generated_tokens_total."""
-        from prometheus_client import REGISTRY
-
-        names = {
-            "vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting", "vllm:kv_cache_usage_perc": "kv_cache_usage",
-            "vllm:generation_tokens_total": "generated_tokens_total",
-        }  # fmt: skip
-        values = dict.fromkeys(names.values(), 0.0)
-        for metric in REGISTRY.collect():
-            if metric.name.startswith("vllm:"):
-                for sample in metric.samples:
-                    if sample.name in names:
-                        values[names[sample.name]] += sample.value
-        return values
+        """What the scheduler said after its last step, by the names of `STATS`."""
+        return dict(self._stats)
 
     def shutdown(self) -> None:
         """End the engine's processes."""
