@@ -20,6 +20,7 @@ from grpo_worker.protocol.auth import authorization
 from grpo_worker.protocol.heartbeat import HeartbeatClient
 from grpo_worker.protocol.messages import (
     GenerateRequest,
+    LogProbsRequest,
     PublishRequest,
     StopRequest,
     UpdateRequest,
@@ -81,6 +82,24 @@ async def test_a_run_that_was_stopped_goes_on_without_losing_or_repeating_a_prom
     assert stage.trainer.steps == [8, 9, 10, 11, 12]
     assert once_an_epoch(stage.trained())
     assert [line["step"] for line in stage.records("metrics.jsonl")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("actor", "passes"), [({}, 0), ({"recomputeOldLogProbs": "always"}, 12), ({"ppoMiniBatchSize": 2}, 12)], ids=str
+)
+async def test_a_step_of_one_update_asks_for_no_log_probs_before_it(
+    stage: Stage, actor: dict[str, Any], passes: int
+) -> None:
+    async with stage.members(Engine("rollout-0")):
+        await stage.train(stage.job(actor={"ppoMiniBatchSize": BATCH} | actor))
+        calls = stage.trainer.calls
+    updates = [call.batch for call in calls if isinstance(call, UpdateRequest)]
+    assert len(updates) == 12
+    assert sum(isinstance(call, LogProbsRequest) for call in calls) == passes
+    for batch in updates:
+        assert (batch.old_log_probs is None) == (batch.is_weights is None) == (passes == 0)
+        assert (batch.rollout_log_probs is None) == (passes > 0)
+    assert all(("timing_s/old_log_prob" in record) == (passes > 0) for record in stage.records("metrics.jsonl"))
 
 
 async def test_a_start_from_nothing_keeps_what_an_earlier_run_wrote(stage: Stage) -> None:

@@ -10,9 +10,11 @@ import torch
 from coordinator_helpers import prompt, sample
 
 from grpo_worker.algorithms import ESTIMATORS, make_kl_controller
+from grpo_worker.config import Spec
 from grpo_worker.config.algorithm import Algorithm
 from grpo_worker.coordinator.experience import Credited, Experience, assemble, assign_credit
 from grpo_worker.coordinator.groups import Group, Sample
+from grpo_worker.coordinator.learner import needs_old_log_probs
 from grpo_worker.coordinator.schedule import Batch
 from grpo_worker.coordinator.step_metrics import (
     experience_metrics,
@@ -43,6 +45,25 @@ def reply(log_probs: list[float] | None, reference: list[float] | None = None) -
         return None if values is None else Array.of(values, "float32")
 
     return LogProbsReply(log_probs=array(log_probs), entropy=None, ref_log_probs=array(reference), metrics={})
+
+
+@pytest.mark.parametrize(
+    ("spec", "updates", "needed"),
+    [
+        ({}, 1, False),
+        ({}, 2, True),
+        ({"actor": {"recomputeOldLogProbs": "always"}}, 1, True),
+        ({"actor": {"useKLLoss": True}}, 1, False),
+        ({"algorithm": {"rolloutCorrection": {"rolloutRs": ["token_k1"]}}}, 1, True),
+        ({"algorithm": {"rolloutCorrection": {"rolloutIsBatchNormalize": True}}}, 1, True),
+        ({"algorithm": {"rolloutCorrection": {"rolloutIsBatchNormalize": True, "rolloutIs": "none"}}}, 1, False),
+        ({"algorithm": {"useKLInReward": True}}, 1, True),
+        ({"algorithm": {"rolloutCorrection": {"bypassMode": True}}}, 2, False),
+    ],
+    ids=str,
+)
+def test_which_steps_take_a_pass_for_old_log_probs(spec: dict[str, Any], updates: int, needed: bool) -> None:
+    assert needs_old_log_probs(Spec.model_validate({"model": {"path": "m"}} | spec), updates) is needed
 
 
 OLD = [-1.0, -2.0, -0.5, -1.0, -1.0, -1.0, -4.0]  # as the engine said: no correction

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from trainer_helpers import batch_message, options_for, recorded_update, sequences_of, whole_parameters
+from trainer_helpers import (
+    batch_message,
+    options_for,
+    recorded_update,
+    sequences_of,
+    whole_parameters,
+    without_old_log_probs,
+)
 
 from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import GRPOError
@@ -46,6 +53,7 @@ def gradients(model: Path, ranks: Ranks, _: Path) -> Any:
     for mode in MODES:
         options = options_for(model, actor={"lossAggMode": mode, "useKLLoss": True, "ppoMicroBatchSizePerGPU": 2})
         result[mode] = recorded_update(options, sequences_of(LENGTHS), ranks)
+    result["own"] = recorded_update(options_for(model), without_old_log_probs(sequences_of(LENGTHS)), ranks)
     # Two sequences on more ranks than one: some of them compute padding alone.
     result["padding"] = recorded_update(
         options_for(model, actor={"ppoMaxTokenLenPerGPU": 8}), sequences_of([(9, 20)]), ranks

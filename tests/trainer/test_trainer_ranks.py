@@ -20,6 +20,7 @@ from trainer_helpers import (
     save_tiny_model,
     sequences_of,
     single_rank,
+    without_old_log_probs,
 )
 from transformers import AutoModelForCausalLM
 
@@ -81,6 +82,17 @@ def test_two_ranks_have_the_gradient_of_one(model: Path, on_two_ranks: Any, mode
     assert relative_difference(other[0], gradients[0]) < 1e-6
     for name in ("pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "grad_norm"):
         assert other_metrics[f"actor/{name}"] == pytest.approx(metrics[f"actor/{name}"], rel=1e-4), name
+
+
+def test_two_ranks_make_old_log_probs_and_their_metrics_as_one_does(model: Path, on_two_ranks: Any) -> None:
+    sequences = without_old_log_probs(sequences_of(LENGTHS))
+    gradients, metrics = recorded_update(options_for(model), sequences, single_rank())
+    other, other_metrics = on_two_ranks["gradients"]["own"]
+    assert relative_difference(other[0], gradients[0]) < 1e-6
+    names = [name for name in metrics if name.startswith(("rollout_corr/", "training/"))]
+    assert "training/rollout_probs_diff_mean" in names
+    for name in names:
+        assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
 
 
 def test_a_rank_without_a_sequence_changes_nothing(model: Path, on_two_ranks: Any) -> None:

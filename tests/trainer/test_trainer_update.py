@@ -16,16 +16,18 @@ from trainer_helpers import (
     sequences_of,
     single_rank,
     whole_parameters,
+    without_old_log_probs,
 )
 from transformers import AutoModelForCausalLM
 
+from grpo_worker.algorithms.correction import corrected
 from grpo_worker.errors import DataError
 from grpo_worker.trainer import update
 from grpo_worker.trainer.batch import Sequences, collate
 from grpo_worker.trainer.model import build_policy
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
-from grpo_worker.trainer.update import TrainerState, Updater
+from grpo_worker.trainer.update import TrainerState, Updater, compute_log_probs
 from grpo_worker.trainer.user_loss import policy_loss
 
 LENGTHS = [(5, 7), (3, 20), (10, 4), (6, 6), (2, 1), (4, 11), (8, 3), (1, 9)]
@@ -120,6 +122,67 @@ def test_metrics_do_not_depend_on_micro_batches(model: Path) -> None:
     )
     for name in ("pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "kl_loss", "entropy", "grad_norm", "lr"):
         assert one[f"actor/{name}"] == pytest.approx(many[f"actor/{name}"], rel=1e-4), name
+
+
+CORRECTIONS: list[dict[str, Any]] = [
+    {},
+    {"rolloutIs": "none"},
+    {"rolloutIs": "sequence", "rolloutIsThreshold": 1.5},
+    {"rolloutIs": "token", "rolloutIsThreshold": 1.3, "rolloutIsLowerThreshold": 0.6},
+]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "cispo"])
+def test_one_update_needs_no_pass_before_it(model: Path, loss_mode: str, correction: dict[str, Any]) -> None:
+    """The twin: old log-probs by a pass of its own, the weights made of them as the coordinator makes them."""
+    options = options_for(
+        model,
+        actor={"lossMode": loss_mode, "ppoMaxTokenLenPerGPU": 40, "optim": {"lr": 1e-3}},
+        algorithm={"rolloutCorrection": correction},
+    )
+    given = sequences_of(LENGTHS)
+    old, _ = compute_log_probs(
+        build_policy(options, single_rank().mesh), given, options, single_rank(), options.spec.rollout
+    )
+    rollout = (old + np.random.default_rng(3).normal(0, 0.3, len(old))).astype(np.float32)
+    seq_ids = torch.from_numpy(np.repeat(np.arange(given.count), given.response_lengths))
+    expected = corrected(
+        torch.from_numpy(old), torch.from_numpy(rollout), torch.from_numpy(given.response_mask), seq_ids, given.count,
+        options.spec.algorithm.rollout_correction,
+    )  # fmt: skip
+    advantages = {"advantages": given.values["advantages"]}
+    before = replace(given, values=advantages | {"old_log_probs": old, "is_weights": expected.weights.numpy()})
+    inside = replace(given, values=advantages | {"rollout_log_probs": rollout})
+    (gradient,), metrics = recorded_update(options, before, single_rank())
+    (other,), other_metrics = recorded_update(options, inside, single_rank())
+    assert relative_difference(other, gradient) < 1e-5
+    for name, value in (metrics | expected.metrics).items():
+        if name.startswith(("actor/", "clip_ratio/", "rollout_corr/", "training/")):
+            assert other_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert expected.metrics
+    assert other_metrics["actor/ppo_kl"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("document", "mini_batches"),
+    [
+        ({}, [4, 4]),
+        ({"actor": {"ppoEpochs": 2}}, []),
+        ({"algorithm": {"rolloutCorrection": {"rolloutRs": ["token_k1"]}}}, []),
+        ({"algorithm": {"rolloutCorrection": {"rolloutIsBatchNormalize": True}}}, []),
+    ],
+    ids=str,
+)
+def test_an_update_that_cannot_make_old_log_probs_asks_for_them(
+    model: Path, document: dict[str, Any], mini_batches: list[int]
+) -> None:
+    sequences = without_old_log_probs(sequences_of(LENGTHS, mini_batches=mini_batches))
+    with pytest.raises(DataError, match="the batch has no old_log_probs"):
+        updater_for(options_for(model, **document)).check(sequences)
+    neither = replace(sequences, values={"advantages": sequences.values["advantages"]})
+    with pytest.raises(DataError, match="the batch has no old_log_probs"):
+        updater_for(options_for(model)).check(neither)
 
 
 @pytest.mark.parametrize("change", [{"enableGradientCheckpointing": False}, {"headChunkSize": 5}, {"compile": False}])

@@ -2,6 +2,7 @@
 
 import functools
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,12 @@ def batch_message(lengths: list[tuple[int, int]], seed: int = 0, mini_batches: l
 
 def sequences_of(lengths: list[tuple[int, int]], **keywords: Any) -> Sequences:
     return Sequences.of(batch_message(lengths, **keywords))
+
+
+def without_old_log_probs(sequences: Sequences) -> Sequences:
+    """The engine's log-probs in their place: the update makes old ones and weights itself."""
+    values = {"advantages": sequences.values["advantages"], "rollout_log_probs": sequences.values["old_log_probs"]}
+    return replace(sequences, values=values)
 
 
 def options_for(path: Path, device: Literal["cuda", "cpu"] = "cpu", **sections: dict[str, Any]) -> TrainerOptions:

@@ -1,6 +1,7 @@
 """The mathematics of the training step, as pure functions on tensors.
 
-Invariant: nothing here knows a model, a process group, a file or the configuration (but for the names of its choices); data is ragged and flat (`ragged`).
+Invariant: nothing here knows a model, a process group, a file or the configuration (but for
+the names of its choices, and how a correction is set); data is ragged and flat (`ragged`).
 
     shaping       rewards -> rewards: overlong penalty, dynamic sampling
     kl            log-probs -> KL per token, and its coefficient
@@ -18,7 +19,7 @@ from grpo_worker.algorithms.advantages import (
     outcome_rewards,
 )
 from grpo_worker.algorithms.aggregation import LossNormalizer, TotalLoss, aggregate, total_loss
-from grpo_worker.algorithms.correction import CorrectionResult, Rejection, rollout_weights
+from grpo_worker.algorithms.correction import CorrectionResult, Rejection, corrected, rollout_weights, weights_of_part
 from grpo_worker.algorithms.kl import KLController, kl_penalty, make_kl_controller, penalize_rewards
 from grpo_worker.algorithms.losses import (
     POLICY_LOSSES,
@@ -45,6 +46,7 @@ __all__ = [
     "aggregate",
     "aggregation_of",
     "checked",
+    "corrected",
     "has_signal",
     "kl_penalty",
     "make_kl_controller",
@@ -53,4 +55,5 @@ __all__ = [
     "penalize_rewards",
     "rollout_weights",
     "total_loss",
+    "weights_of_part",
 ]

@@ -24,7 +24,7 @@ from grpo_worker.algorithms.ragged import (
     mean_by_sequence,
     sum_by_sequence,
 )
-from grpo_worker.config.algorithm import CorrectionLevel, RejectionCriterion
+from grpo_worker.config.algorithm import CorrectionLevel, RejectionCriterion, RolloutCorrection
 from grpo_worker.errors import DataError, UsageError
 
 LOG_RATIO_LIMIT = 20.0
@@ -81,6 +81,11 @@ class _Batch:
     num_seqs: int
     valid_seqs: Tensor
 
+    @classmethod
+    def of(cls, log_ratio: Tensor, mask: Tensor, seq_ids: Tensor, num_seqs: int) -> "_Batch":
+        valid = count_by_sequence(mask, seq_ids, num_seqs) > 0
+        return cls(keep(log_ratio, mask), mask.bool(), seq_ids, num_seqs, valid)
+
     def by_sequence(self, how: str, values: Tensor) -> Tensor:
         """Sum, mean or max over the valid tokens of each sequence: `[sequences]`."""
         reduce = {"sum": sum_by_sequence, "mean": mean_by_sequence, "max": max_by_sequence}[how]
@@ -112,10 +117,9 @@ def rollout_weights(
             raise DataError(
                 f"{name} has shape {tuple(tensor.shape)}, old_log_probs {tuple(old_log_probs.shape)}; want [tokens]."
             )
-    valid_seqs = count_by_sequence(mask, seq_ids, num_seqs) > 0
-    if not bool(valid_seqs.any()):
+    batch = _Batch.of(old_log_probs - rollout_log_probs, mask, seq_ids, num_seqs)
+    if not bool(batch.valid_seqs.any()):
         return CorrectionResult(torch.zeros_like(old_log_probs), mask.clone(), {})
-    batch = _Batch(keep(old_log_probs - rollout_log_probs, mask), mask.bool(), seq_ids, num_seqs, valid_seqs)
     weights, weight_metrics = _importance_weights(batch, level, threshold, batch_normalize)
     kept, rejection_metrics = _reject(batch, rejections)
     corrections = _mismatch(batch, old_log_probs, rollout_log_probs) | weight_metrics | rejection_metrics
@@ -126,21 +130,66 @@ def rollout_weights(
     return CorrectionResult(weights, mask * kept.to(mask.dtype), metrics)
 
 
-def _importance_weights(
-    batch: _Batch, level: CorrectionLevel, threshold: float | tuple[float, float], batch_normalize: bool
-) -> tuple[Tensor, dict[str, float]]:
-    """Weights `[tokens]` and `rollout_is_*`: mean, max, min and fractions are of the raw ratios, before the threshold;
-    fraction_low is below `low`, or 1 / C as in verl;
-    std and effective sample size, 1 / mean((w / mean w)^2), are of the weights that the loss uses."""
-    if isinstance(threshold, tuple):
-        low, high = threshold
-    else:
-        low, high = 0.0, threshold
+def corrected(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor,
+    seq_ids: Tensor,
+    num_seqs: int,
+    options: RolloutCorrection,
+) -> CorrectionResult:
+    """`rollout_weights` with what the document says."""
+    lower = options.rollout_rs_lower_threshold
+    return rollout_weights(
+        old_log_probs,
+        rollout_log_probs,
+        mask,
+        seq_ids,
+        num_seqs,
+        level=options.rollout_is,
+        threshold=_threshold(options),
+        batch_normalize=options.rollout_is_batch_normalize,
+        rejections=[
+            Rejection(kind, options.rollout_rs_threshold, lower if kind.endswith("k1") else None)
+            for kind in options.rollout_rs
+        ],
+    )
+
+
+@torch.no_grad()
+def weights_of_part(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor,
+    seq_ids: Tensor,
+    num_seqs: int,
+    options: RolloutCorrection,
+) -> Tensor | None:
+    """The weights that `corrected` gives these whole sequences of a batch, `[tokens]`, without a look at the others; None: all 1.
+    Nothing here waits for the device. For documents without rejection and batch normalisation, which look at the batch."""
+    assert options.of_each_sequence
+    if options.rollout_is == "none":
+        return None
+    batch = _Batch.of(old_log_probs - rollout_log_probs, mask, seq_ids, num_seqs)
+    return _ratios(batch, options.rollout_is, _threshold(options))[1]
+
+
+def _threshold(options: RolloutCorrection) -> float | tuple[float, float]:
+    low, high = options.rollout_is_lower_threshold, options.rollout_is_threshold
+    return high if low is None else (low, high)
+
+
+def _bounds(threshold: float | tuple[float, float]) -> tuple[float, float]:
+    low, high = threshold if isinstance(threshold, tuple) else (0.0, threshold)
     if not 0 <= low < high:
         raise UsageError(f"The importance weight threshold must be C > 0 or 0 <= low < high, got {threshold}.")
+    return low, high
+
+
+def _ratios(batch: _Batch, level: CorrectionLevel, threshold: float | tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Ratios before and after the threshold, `[tokens]`."""
+    low, high = _bounds(threshold)
     match level:
-        case "none":
-            return batch.mask.to(batch.log_ratio.dtype), {}
         case "token":
             exponent = batch.log_ratio
         case "sequence":
@@ -151,7 +200,19 @@ def _importance_weights(
             )
     raw = exponent.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     inside = (raw >= low) & (raw <= high)
-    used = keep(keep(raw, inside) if isinstance(threshold, tuple) else raw.clamp(max=high), batch.mask)
+    return raw, keep(keep(raw, inside) if isinstance(threshold, tuple) else raw.clamp(max=high), batch.mask)
+
+
+def _importance_weights(
+    batch: _Batch, level: CorrectionLevel, threshold: float | tuple[float, float], batch_normalize: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """Weights `[tokens]` and `rollout_is_*`: mean, max, min and fractions are of the raw ratios, before the threshold;
+    fraction_low is below `low`, or 1 / C as in verl;
+    std and effective sample size, 1 / mean((w / mean w)^2), are of the weights that the loss uses."""
+    low, high = _bounds(threshold)
+    if level == "none":
+        return batch.mask.to(batch.log_ratio.dtype), {}
+    raw, used = _ratios(batch, level, threshold)
     # A sequence's weight counts once, however long it is.
     of_raw, of_used = raw[batch.mask], used[batch.mask]
     if level == "sequence":

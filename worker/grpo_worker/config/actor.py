@@ -130,6 +130,11 @@ class Actor(Section):
         verl="actor.kl_loss_type",
     )
     entropy_coeff: float = field(0.0, "Coefficient of the entropy bonus.", verl="actor.entropy_coeff", ge=0)
+    recompute_old_log_probs: Literal["auto", "always"] = field(
+        "auto",
+        "auto: no forward pass before the update where a step is one update, whose own forward is that of the old policy "
+        "(not with rolloutRs, rolloutIsBatchNormalize or useKLInReward); always: as verl does.",
+    )
     fsdp: ActorFSDP = field(ActorFSDP, "Offload.", verl="actor.fsdp_config")
 
     @property

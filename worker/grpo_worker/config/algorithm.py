@@ -113,6 +113,11 @@ class RolloutCorrection(Section):
         """Whether the update depends on the engine's log-probs."""
         return self.rollout_is != "none" or bool(self.rollout_rs) or self.bypass_mode
 
+    @property
+    def of_each_sequence(self) -> bool:
+        """Whether a sequence's weights are made of that sequence alone, and none is masked, which would change everyone's denominators."""
+        return not self.rollout_rs and not (self.rollout_is != "none" and self.rollout_is_batch_normalize)
+
 
 class Algorithm(Section):
     """Advantages, KL in the reward, dynamic sampling, off-policy correction."""

@@ -16,17 +16,15 @@ from torch import Tensor
 from grpo_worker.algorithms import (
     AdvantageEstimator,
     AdvantageInputs,
-    CorrectionResult,
     KLController,
-    Rejection,
     checked,
+    corrected,
     kl_penalty,
     outcome_rewards,
     overlong_penalty,
     penalize_rewards,
-    rollout_weights,
 )
-from grpo_worker.config.algorithm import Algorithm, OverlongBuffer, RolloutCorrection
+from grpo_worker.config.algorithm import Algorithm, OverlongBuffer
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.errors import DataError, GRPOError
 from grpo_worker.functions import traceback_tail
@@ -111,14 +109,17 @@ def split_evenly(groups: Sequence[Group], at_most: int) -> list[Sequence[Group]]
 
 @dataclass(frozen=True)
 class Credited:
-    """An experience with everything that the update needs, and the metrics of the way there. All `[response tokens]`."""
+    """An experience with everything that the update needs, and the metrics of the way there. All `[response tokens]`.
+
+    Without old_log_probs and is_weights the update makes them of its own forward pass.
+    """
 
     experience: Experience
-    old_log_probs: Tensor
+    old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
     token_rewards: Tensor
     advantages: Tensor
-    is_weights: Tensor
+    is_weights: Tensor | None
     mask: Tensor
     metrics: dict[str, float]
 
@@ -127,10 +128,11 @@ class Credited:
         return msgspec.structs.replace(
             self.experience.wire(),
             response_mask=Array.of(self.mask.to(torch.uint8).numpy(), "uint8"),
-            old_log_probs=Array.of(self.old_log_probs.numpy(), "float32"),
-            ref_log_probs=None if self.ref_log_probs is None else Array.of(self.ref_log_probs.numpy(), "float32"),
-            advantages=Array.of(self.advantages.numpy(), "float32"),
-            is_weights=Array.of(self.is_weights.numpy(), "float32"),
+            old_log_probs=_array(self.old_log_probs),
+            rollout_log_probs=_array(self.experience.rollout_log_probs) if self.old_log_probs is None else None,
+            ref_log_probs=_array(self.ref_log_probs),
+            advantages=_array(self.advantages),
+            is_weights=_array(self.is_weights),
         )
 
 
@@ -142,9 +144,14 @@ def assign_credit(
     kl_controller: KLController,
     max_response_tokens: int,
 ) -> Credited:
-    """Rewards -> advantages, and the correction of the engine's log-probs. `log_probs` is None in bypass mode without a KL term."""
+    """Rewards -> advantages, and the correction of the engine's log-probs.
+
+    Old log-probs are the trainer's where `log_probs` has them, the engine's in bypass mode (every weight is 1 then), else the update's own.
+    """
     metrics: dict[str, float] = {}
-    old = _tensor(log_probs.log_probs) if log_probs and log_probs.log_probs else experience.rollout_log_probs
+    old = _tensor(log_probs.log_probs) if log_probs and log_probs.log_probs else None
+    if algorithm.rollout_correction.bypass_mode:
+        old = experience.rollout_log_probs
     ref = _tensor(log_probs.ref_log_probs) if log_probs and log_probs.ref_log_probs else None
     mask = experience.mask
     rewards = experience.scores
@@ -154,7 +161,7 @@ def assign_credit(
         rewards = rewards + penalty
     token_rewards = outcome_rewards(rewards, experience.seq_ids)
     if algorithm.use_kl_in_reward:
-        assert ref is not None, "the coordinator asks for the reference's log-probs when a KL term is on"
+        assert ref is not None and old is not None, "the coordinator asks for both when a KL term is on"
         kl = kl_penalty(old, ref, algorithm.kl_penalty)
         coefficient = kl_controller.coefficient
         token_rewards, batch_kl = penalize_rewards(
@@ -174,9 +181,15 @@ def assign_credit(
     advantages = checked(
         algorithm.advantage_estimator, _estimate(estimator, inputs, algorithm.advantage_estimator), inputs
     )
-    correction = _correct(experience, old, mask, algorithm.rollout_correction)
-    metrics |= correction.metrics
-    return Credited(experience, old, ref, token_rewards, advantages, correction.weights, correction.mask, metrics)
+    weights = None
+    if old is not None:
+        seq_ids, sequences = experience.seq_ids, experience.sequences
+        correction = corrected(
+            old, experience.rollout_log_probs, mask, seq_ids, sequences, algorithm.rollout_correction
+        )
+        weights, mask = correction.weights, correction.mask
+        metrics |= correction.metrics
+    return Credited(experience, old, ref, token_rewards, advantages, weights, mask, metrics)
 
 
 def _estimate(estimator: AdvantageEstimator, inputs: AdvantageInputs, name: str) -> Tensor:
@@ -188,29 +201,13 @@ def _estimate(estimator: AdvantageEstimator, inputs: AdvantageInputs, name: str)
         raise DataError(f"algorithm.advantageEstimator: {name!r} raised:\n{traceback_tail(error)}") from error
 
 
-def _correct(experience: Experience, old: Tensor, mask: Tensor, options: RolloutCorrection) -> CorrectionResult:
-    """Weights of the mismatch. In bypass mode old and rollout log-probs are the same numbers: every weight is 1."""
-    low, high = options.rollout_is_lower_threshold, options.rollout_is_threshold
-    lower = options.rollout_rs_lower_threshold
-    return rollout_weights(
-        old,
-        experience.rollout_log_probs,
-        mask,
-        experience.seq_ids,
-        experience.sequences,
-        level=options.rollout_is,
-        threshold=high if low is None else (low, high),
-        batch_normalize=options.rollout_is_batch_normalize,
-        rejections=[
-            Rejection(kind, options.rollout_rs_threshold, lower if kind.endswith("k1") else None)
-            for kind in options.rollout_rs
-        ],
-    )
-
-
 def _overlong(experience: Experience, options: OverlongBuffer, max_response_tokens: int) -> Tensor:
     buffer = options.length or max(1, max_response_tokens // 5)
     return overlong_penalty(experience.response_lengths.float(), max_response_tokens, buffer, options.penalty_factor)
+
+
+def _array(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else Array.of(tensor.numpy(), "float32")
 
 
 def _tensor(array: Array) -> Tensor:

@@ -13,6 +13,16 @@ from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.protocol.messages import LogProbsReply, LogProbsRequest, UpdateReply, UpdateRequest
 
 
+def needs_old_log_probs(spec: Spec, updates: int) -> bool:
+    """Whether a step of so many optimizer updates takes a forward pass of its own for old log-probs: not when the update's own forward is
+    that of the old policy, and nothing before the update or across the batch is made of it."""
+    correction = spec.algorithm.rollout_correction
+    if correction.bypass_mode:
+        return False
+    alone = updates == 1 and correction.of_each_sequence and not spec.algorithm.use_kl_in_reward
+    return not alone or spec.actor.recompute_old_log_probs == "always"
+
+
 class Learner:
     """`kl_controller` is part of the run's state; everything else is the document's."""
 
@@ -30,10 +40,10 @@ class Learner:
         spec = self._spec
         experience = assemble(groups, spec.actor.ppo_mini_batch_size)
         reference = spec.algorithm.use_kl_in_reward or spec.actor.use_kl_loss
-        actor = not spec.algorithm.rollout_correction.bypass_mode
+        actor = needs_old_log_probs(spec, len(experience.mini_batch_sequences) * spec.actor.ppo_epochs)
         log_probs: LogProbsReply | None = None
-        with timer.part("old_log_prob"):
-            if actor or reference:
+        if actor or reference:
+            with timer.part("old_log_prob"):
                 request = LogProbsRequest(batch=experience.wire(), actor=actor, reference=reference)
                 log_probs = await self._trainer.call(request, LogProbsReply)
         limit = spec.data.max_response_length

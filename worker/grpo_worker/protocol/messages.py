@@ -163,7 +163,8 @@ class TrainBatch(msgspec.Struct, frozen=True, kw_only=True):
     response_lengths: Array  # int32 [sequences]
     token_ids: Array  # int32 [sum of prompt and response lengths], each sequence prompt then response
     response_mask: Array | None = None  # uint8; 0 takes a token out of the loss and its normaliser
-    old_log_probs: Array | None = None  # float32
+    old_log_probs: Array | None = None  # float32; absent: the update's own forward is the old policy's
+    rollout_log_probs: Array | None = None  # float32, the engine's; only without old_log_probs
     ref_log_probs: Array | None = None  # float32
     advantages: Array | None = None  # float32
     is_weights: Array | None = None  # float32, rollout correction; factor on the policy loss
@@ -190,7 +191,7 @@ class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
 
 
 class UpdateReply(msgspec.Struct, frozen=True, kw_only=True, tag="updated"):
-    metrics: dict[str, float]  # verl's names, e.g. actor/pg_clipfrac
+    metrics: dict[str, float]  # verl's names, e.g. actor/pg_clipfrac; without old_log_probs also those of the mismatch
 
 
 class PublishRequest(msgspec.Struct, frozen=True, kw_only=True, tag="publish"):

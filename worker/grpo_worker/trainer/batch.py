@@ -13,7 +13,9 @@ import torch
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import Array, TrainBatch
 
-RESPONSE_FIELDS = ("response_mask", "old_log_probs", "ref_log_probs", "advantages", "is_weights")
+RESPONSE_FIELDS = (
+    "response_mask", "old_log_probs", "rollout_log_probs", "ref_log_probs", "advantages", "is_weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from grpo_worker.algorithms.aggregation import LossNormalizer, aggregate, total_loss
+from grpo_worker.algorithms.correction import corrected, weights_of_part
 from grpo_worker.algorithms.kl import kl_penalty
 from grpo_worker.algorithms.losses import POLICY_LOSSES, PolicyLoss, PolicyLossInputs, aggregation_of
 from grpo_worker.config.actor import Ref
@@ -90,6 +91,7 @@ class Updater:
         self.ranks = ranks
         self.loss = loss
         self.state = state
+        self._own_log_probs: list[tuple[np.ndarray, Tensor]] = []  # of this step, where the batch has no old ones
         self.flops = ModelFlops.of(model.lm)
         self.peak_flops = device_peak(ranks.device, options.compute_dtype)
 
@@ -111,12 +113,14 @@ class Updater:
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trained = self._trained(sequences)
+        self._own_log_probs = []
         for _ in range(epochs):
             first = 0
             for count in sequences.mini_batch_sequences:
                 self._mini_batch(sequences, range(first, first + count), trained, total_updates, sums, facts)
                 first += count
         self.state.step = step
+        mismatch = self._mismatch(sequences, trained) if "rollout_log_probs" in sequences.values else {}
         computed = max(len(facts.get("perf/micro_batches", ())), 1)  # mini-batches with something to learn from
         means = {
             name: float(value) / (updates if name == "actor/pg_loss" else computed) for name, value in sums.items()
@@ -134,7 +138,7 @@ class Updater:
         )
         if flops and self.peak_flops:
             metrics["perf/mfu/actor"] = flops / seconds / self.ranks.world_size / self.peak_flops
-        return metrics | memory_metrics(self.ranks)
+        return metrics | mismatch | memory_metrics(self.ranks)
 
     def _mini_batch(
         self,
@@ -214,10 +218,16 @@ class Updater:
         mask = value("response_mask")
         assert mask is not None
         num_seqs = len(batch.lengths)
+        old, is_weights = value("old_log_probs"), value("is_weights")
+        if old is None:
+            old = log_probs.detach()
+            correction = self.options.spec.algorithm.rollout_correction
+            is_weights = weights_of_part(old, value("rollout_log_probs"), mask, batch.seq_ids, num_seqs, correction)
+            self._own_log_probs.append((batch.response_index, old))
         outcome = self.loss(
             PolicyLossInputs(
                 log_probs=log_probs,
-                old_log_probs=value("old_log_probs"),
+                old_log_probs=old,
                 advantages=value("advantages"),
                 mask=mask,
                 seq_ids=batch.seq_ids,
@@ -237,7 +247,7 @@ class Updater:
             num_seqs,
             normalizer,
             policy_mode=aggregation_of(actor.loss_mode, normalizer.mode),
-            is_weights=value("is_weights"),
+            is_weights=is_weights,
             kl=kl,
             kl_coef=actor.kl_loss_coef,
             entropy=entropy,
@@ -262,9 +272,28 @@ class Updater:
 
         return value
 
+    def _mismatch(self, sequences: Sequences, trained: np.ndarray) -> dict[str, float]:
+        """Metrics of engine and trainer over the sequences that were computed. Collective."""
+        old = torch.zeros(sequences.response_tokens)
+        for index, log_probs in self._own_log_probs:
+            old[torch.from_numpy(index)] = log_probs.float().cpu()
+        sum_over_ranks(old, self.ranks)
+        seq_ids = torch.from_numpy(np.repeat(np.arange(sequences.count), sequences.response_lengths))
+        mask = torch.from_numpy(sequences.response_mask * trained[seq_ids.numpy()])
+        rollout = torch.from_numpy(sequences.values["rollout_log_probs"])
+        correction = self.options.spec.algorithm.rollout_correction
+        return corrected(old, rollout, mask, seq_ids, sequences.count, correction).metrics
+
     def check(self, sequences: Sequences) -> None:
         """Raises DataError when the batch lacks what the loss needs."""
-        needed = ["old_log_probs", "advantages"] + (["ref_log_probs"] if self.options.spec.actor.use_kl_loss else [])
+        spec = self.options.spec
+        one_update = spec.actor.ppo_epochs * len(sequences.mini_batch_sequences) == 1
+        own = (
+            one_update
+            and spec.algorithm.rollout_correction.of_each_sequence
+            and "rollout_log_probs" in sequences.values
+        )
+        needed = ["advantages"] + ["old_log_probs"] * (not own) + ["ref_log_probs"] * spec.actor.use_kl_loss
         missing = [name for name in needed if name not in sequences.values]
         if missing:
             raise DataError(f"update: the batch has no {', '.join(missing)}")
