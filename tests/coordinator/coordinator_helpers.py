@@ -330,6 +330,7 @@ async def world(*engines: Engine, version: int | None = 0, timeout_seconds: floa
             await caller.connect(1.0)
             if version is not None:
                 await weights.publish(version)
+                await weights.settled()
             yield here
         finally:
             for engine in here.engines:

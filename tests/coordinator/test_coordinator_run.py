@@ -102,6 +102,40 @@ async def test_a_step_of_one_update_asks_for_no_log_probs_before_it(
     assert all(("timing_s/old_log_prob" in record) == (passes > 0) for record in stage.records("metrics.jsonl"))
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_off_policy_the_next_step_is_made_while_the_engines_take_the_weights(
+    stage: Stage, staleness: int
+) -> None:
+    """Version 3 is held back until the trainer was asked for step 4, which on-policy never happens."""
+    slow = Engine("rollout-0")
+    async with stage.members(slow):
+        update, held = stage.trainer.update, asyncio.Event()
+
+        def made(request: UpdateRequest) -> Any:
+            if request.step == 3:
+                slow.hang_at_sync = True
+            elif request.step == 4:
+                slow.hang_at_sync = False
+                slow.released.set()
+                held.set()
+            return update(request)
+
+        stage.trainer.answers[UpdateRequest] = made
+        training = asyncio.create_task(stage.train(stage.job(rollout={"n": 2, "maxStaleness": staleness})))
+        async with asyncio.timeout(20):
+            while 3 not in slow.syncs:
+                await asyncio.sleep(0.01)
+        if staleness == 0:
+            await asyncio.sleep(0.3)
+            assert stage.trainer.steps == [1, 2, 3]
+            slow.hang_at_sync = False
+            slow.released.set()
+        await training
+        assert held.is_set()
+        assert slow.syncs == list(range(13))
+    assert once_an_epoch(stage.trained())
+
+
 async def test_a_start_from_nothing_keeps_what_an_earlier_run_wrote(stage: Stage) -> None:
     """A mistyped checkpoint.path is enough for such a start."""
     (stage.root / "run").mkdir()

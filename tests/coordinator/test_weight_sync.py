@@ -9,7 +9,8 @@ from coordinator_helpers import Engine, World, groups, heartbeats, world
 
 from grpo_worker.coordinator import members, weight_sync
 from grpo_worker.coordinator.groups import Group
-from grpo_worker.errors import PeerLostError
+from grpo_worker.coordinator.weight_sync import SyncReport
+from grpo_worker.errors import ConfigError, PeerLostError
 from grpo_worker.protocol.messages import ErrorReply
 
 pytestmark = pytest.mark.asyncio
@@ -42,12 +43,17 @@ async def until_serving(here: World, *names: str) -> None:
             await here.members.wait(0.02)
 
 
+async def publish(here: World, version: int) -> SyncReport:
+    await here.weights.publish(version)
+    return await here.weights.settled()
+
+
 async def test_a_published_version_is_applied_to_every_engine() -> None:
     engines = [Engine("rollout-0"), Engine("rollout-1")]
     async with world(*engines, version=None) as here:
         assert here.weights.version is None
         assert serving(here) == []
-        report = await here.weights.publish(3)
+        report = await publish(here, 3)
         assert here.weights.version == 3
         assert serving(here) == ["rollout-0", "rollout-1"]
         assert [engine.syncs for engine in engines] == [[3], [3]]
@@ -63,7 +69,7 @@ async def test_the_next_version_takes_engines_out_of_service_until_they_have_it(
     good, failing = Engine("rollout-0"), Engine("rollout-1")
     async with world(good, failing, version=0) as here:
         failing.refusal = ErrorReply(reason="EngineDead", message="the engine is dead")
-        await here.weights.publish(1)
+        await publish(here, 1)
         assert serving(here) == ["rollout-0"]
         assert {member.name: member.served for member in here.members.alive("rollout")} == {
             "rollout-0": 1,
@@ -120,7 +126,7 @@ async def test_an_engine_that_died_during_a_sync_leaves_the_others_serving() -> 
     alive, dead = Engine("rollout-0"), Engine("rollout-1")
     async with world(alive, dead, version=0) as here:
         await dead.stop()
-        report = await here.weights.publish(1)
+        report = await publish(here, 1)
         assert serving(here) == ["rollout-0"]
         assert len(report.replies) == 1
         assert "rollout-1 at http://127.0.0.1" in here.events[-1][2]
@@ -156,7 +162,7 @@ async def test_a_version_published_while_an_engine_joins_is_the_one_that_it_ends
     engine = Engine("rollout-0")
     async with world(version=0) as here, joining(here):
         await here.join(engine)
-        await asyncio.gather(*(here.weights.publish(version) for version in (1,)))
+        await publish(here, 1)
         await until_serving(here, "rollout-0")
         assert engine.version == here.weights.version == 1
 
@@ -170,7 +176,7 @@ async def test_a_publish_does_not_wait_for_an_engine_that_was_out_of_service() -
         while not hanging.syncs:
             await here.members.wait(0.02)
         async with asyncio.timeout(5):
-            await here.weights.publish(1)
+            await publish(here, 1)
             await here.join(late)
             await until_serving(here, "rollout-0", "rollout-2")
         assert hanging.syncs == [0]
@@ -180,12 +186,45 @@ async def test_a_publish_does_not_wait_for_an_engine_that_was_out_of_service() -
         assert hanging.syncs == [0, 1], "the version that is current when it is free again"
 
 
+async def test_engines_take_a_version_beside_what_follows_and_the_next_one_waits_for_them() -> None:
+    quick, slow = Engine("rollout-0"), Engine("rollout-1")
+    async with world(quick, slow, version=0, timeout_seconds=60.0) as here:
+        slow.hang_at_sync = True
+        async with asyncio.timeout(5):
+            await here.weights.publish(1)
+            while serving(here) != ["rollout-0"]:
+                await here.members.wait(0.02)
+        following = asyncio.create_task(publish(here, 2))
+        await asyncio.sleep(0.1)
+        assert here.weights.version == 1
+        here.clock.pushed = 5.0
+        here.beat()
+        assert "waiting for rollout-1 to take the weights of version 1 for 5 s" in here.members.waits()
+        slow.hang_at_sync = False
+        slow.released.set()
+        async with asyncio.timeout(5):
+            report = await following
+        assert (report.version, len(report.replies)) == (2, 2)
+        assert [engine.syncs for engine in (quick, slow)] == [[0, 1, 2], [0, 1, 2]]
+
+
+async def test_weights_that_do_not_fit_end_the_run_though_nobody_waits_for_them() -> None:
+    engine = Engine("rollout-0")
+    async with world(engine, version=0) as here:
+        engine.refusal = ErrorReply(reason="WeightsMismatch", message="no lm_head.weight")
+        serving_them = asyncio.create_task(here.weights.join_forever())
+        await here.weights.publish(1)
+        async with asyncio.timeout(5):
+            with pytest.raises(ConfigError, match=r"no lm_head.weight. Trainer and engine do not load the same model"):
+                await serving_them
+
+
 async def test_an_engine_that_falls_silent_in_a_sync_costs_a_publish_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "WATCH_SECONDS", 0.02)
     alive, silent = Engine("rollout-0"), Engine("rollout-1")
     async with world(alive, silent, version=0, timeout_seconds=300.0) as here:
         silent.hang_at_sync = True
-        publishing = asyncio.create_task(here.weights.publish(1))
+        publishing = asyncio.create_task(publish(here, 1))
         while not silent.syncs[1:]:
             await asyncio.sleep(0.01)
         here.clock.pushed = 20.0

@@ -123,7 +123,7 @@ class TrainingLoop:
         self._updates += len(credited.experience.mini_batch_sequences) * self._spec.actor.ppo_epochs
         self._unsaved, self._metrics = self._state(), metrics
         await parts.log.batch(self._step, batch)
-        report = await self._publish(timer)
+        report = await self._publish(timer)  # of the version before, where engines take weights beside the training
         self._collector.trained(self._step)
         metrics |= report.metrics() | group_metrics(batch, self._step - 1) | extra_reward_metrics(batch.ready)
         metrics |= counts.metrics()
@@ -144,16 +144,24 @@ class TrainingLoop:
         return True
 
     async def _publish(self, timer: Timer, publish: str = "update_weights", wait: str = "update_weights") -> SyncReport:
-        """The trainer's weights become version `step` and serve. `publish`, `wait`: names of the timer's parts."""
-        parts, spec = self._parts, self._spec
+        """The trainer's weights become version `step`, and serve: at once on-policy, else beside the next step. `publish`, `wait`: names of
+        the timer's parts. Returns how the last version that serves came to the engines."""
+        beside = self._published and self._spec.rollout.max_staleness > 0
         with timer.part(publish):
-            report = await parts.weights.publish(self._step)
+            report = await self._settle() if beside else None
+            await self._parts.weights.publish(self._step)
         with timer.part(wait):
-            # All of them before the first step of this life: an on-policy step is split over the engines in service. Later, those that live.
-            count = 1 if self._published else spec.rollout.min_replicas or spec.rollout.replicas
-            ready = parts.weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds)
-            await self._unless_stopped(ready)
+            report = report or await self._settle()
         self._published = True
+        return report
+
+    async def _settle(self) -> SyncReport:
+        """Until the published version serves."""
+        weights, spec = self._parts.weights, self._spec
+        report = await weights.settled()
+        # All of them before the first step of this life: an on-policy step is split over the engines in service. Later, those that live.
+        count = 1 if self._published else spec.rollout.min_replicas or spec.rollout.replicas
+        await self._unless_stopped(weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds))
         return report
 
     async def _validate(self) -> dict[str, float]:
@@ -163,6 +171,7 @@ class TrainingLoop:
             return {}
         parts.progress.set("Validating", f"{parts.validation.prompts} prompts after step {step}")
         self._validated_step = step
+        await self._settle()
         result = await self._unless_stopped(parts.validation.run(parts.make_dispatcher, parts.scorer))
         if result is None:
             return {}

@@ -2,7 +2,7 @@
 
 Invariant: an engine gets prompts only after this coordinator made it apply the current version and the engine's workers read the same
 version and digest back. A restarted engine, a restarted coordinator and an engine whose sync failed all go the same way in, beside
-training: a publish waits for the engines that were in service alone, and for none longer than it lives.
+training: a version is settled when the engines that were in service have it or were lost. One version is on its way at a time.
 """
 
 import asyncio
@@ -35,7 +35,6 @@ class SyncReport:
 
     version: int
     publish_seconds: float
-    total_seconds: float = 0.0
     replies: list[ApplyWeightsReply] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
@@ -76,7 +75,10 @@ class WeightSync:
         self._emit = emit
         self._clear_cache = clear_cache
         self._source: StoreSource | None = None
-        self._publishing: list[Member] = []  # `join_forever` leaves them to `publish`
+        self._applying: asyncio.Task[SyncReport] | None = (
+            None  # the newest version's way to the engines that were in service
+        )
+        self._publishing: list[Member] = []  # those; `join_forever` leaves them alone
 
     @property
     def version(self) -> int | None:
@@ -93,37 +95,47 @@ class WeightSync:
         member.served = None
         self._members.notify()
 
-    async def publish(self, version: int) -> SyncReport:
-        """Publish `version` and apply it to every engine in service (at first: alive). Those that fail leave service, and join again.
+    async def publish(self, version: int) -> None:
+        """The trainer's weights become `version`, and every engine in service (at first: alive) begins to take it, beside what follows.
+        Those that fail leave service, and join again. Waits for the version before.
 
         Raises TrainerLost, TrainerFailed, ConfigError.
         """
-        started = time.monotonic()
+        if self._applying is not None:
+            await self.settled()
         with self._members.waiting(f"the trainer to publish the weights of version {version}"):
             reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
         self._publishing = self._members.alive("rollout") if self._source is None else self.in_service()
         self._source = reply.store
-        report = SyncReport(version, reply.seconds)
-        names = ", ".join(member.name for member in self._publishing)
+        self._applying = asyncio.create_task(self._apply_to(self._publishing, SyncReport(version, reply.seconds)))
+
+    async def settled(self) -> SyncReport:
+        """When the engines that were in service at the last publish have its version, or left service. Raises ConfigError."""
+        assert self._applying is not None, "nothing was published"
+        names = ", ".join(member.name for member in self._publishing if member.served != self.version)
+        with self._members.waiting(f"{names} to take the weights of version {self.version}"):
+            return await asyncio.shield(self._applying)
+
+    async def _apply_to(self, engines: list[Member], report: SyncReport) -> SyncReport:
         try:
-            with self._members.waiting(f"{names} to take the weights of version {version}"):
-                done = await asyncio.gather(*map(self._try, self._publishing), return_exceptions=True)
+            done = await asyncio.gather(*map(self._try, engines), return_exceptions=True)
         finally:
             self._publishing = []
+            self._members.notify()
         for result in done:
             if isinstance(result, BaseException):
                 raise result
             if result is not None:
                 report.replies.append(result)
-        report.total_seconds = time.monotonic() - started
-        self._members.notify()
         return report
 
     async def join_forever(self) -> None:
-        """Bring engines that are alive but not in service in; runs beside the training loop. Raises ConfigError."""
+        """Bring engines that are alive but not in service in; runs beside the training loop, with what `publish` began. Raises ConfigError."""
         joining: dict[Member, asyncio.Task[None]] = {}
         try:
             while True:
+                if self._applying is not None and self._applying.done():
+                    self._applying.result()
                 for member in [member for member, task in joining.items() if task.done()]:
                     joining.pop(member).result()
                 if self._source is not None:
@@ -133,9 +145,10 @@ class WeightSync:
                             joining[member] = asyncio.create_task(self._join(member))
                 await self._members.wait(RETRY_SECONDS)
         finally:
-            for task in joining.values():
+            ending = [*joining.values(), *([self._applying] if self._applying else [])]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*joining.values(), return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
 
     async def wait_in_service(self, count: int, timeout_seconds: float) -> list[Member]:
         """Until `count` engines serve the current version. Raises PeerLostError that names who is missing."""
