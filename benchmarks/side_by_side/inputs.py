@@ -1,10 +1,10 @@
-"""Model, data and reward of the GPU benchmark `h100_qwen3_0_6b.yaml`.
+"""Models and data of `benchmarks.side_by_side`.
 
-Invariant: everything is a function of fixed seeds and nothing is downloaded. The model has Qwen3-0.6B's shape and random
-weights; its tokens are the demo's characters and 151,870 ids that stand for nothing.
+Invariant: everything is a function of fixed seeds and nothing is downloaded. The models have the shapes of Qwen3 and random weights; their
+tokens are the demo's characters and 151,870 ids that stand for nothing. Random weights end a response as good as never, so nearly every
+sample is as long as it may be, and the steps are alike.
 
-    python -m benchmarks.h100_qwen3_0_6b                 # then: grpo run benchmarks/h100_qwen3_0_6b.yaml
-    python -m benchmarks.h100_qwen3_0_6b --scaled-down   # the same with a model that a CPU can train
+    python -m benchmarks.side_by_side.inputs runs/inputs --shape 0.6b
 """
 
 import argparse
@@ -12,28 +12,29 @@ import random
 from pathlib import Path
 from typing import Any
 
-DIRECTORY = Path("runs/qwen3-0.6b-inputs")
 PROMPTS = 2048
-QWEN3_0_6B: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
-SCALED_DOWN: dict[str, Any] = {
-    **QWEN3_0_6B,
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    } | others
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6b": _qwen3(1024, 3072, 28, 16),
+    "1.7b": _qwen3(2048, 6144, 28, 16),
+    "4b": _qwen3(2560, 9728, 36, 32),
+    # half a million parameters, for a CPU
+    "tiny": _qwen3(128, 384, 2, 4, vocab_size=1024, num_key_value_heads=2, head_dim=32),
 }
 
 
@@ -73,15 +74,19 @@ def make_data(path: Path) -> None:
     write_shuffled(pa.Table.from_pylist(rows), path, seed=1, overwrite=True)
 
 
+def make(directory: Path, shape: str) -> int:
+    """`model` and `train.parquet` in `directory`. Returns the model's number of parameters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    make_data(directory / "train.parquet")
+    return make_model(directory / "model", SHAPES[shape])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help=f"default {DIRECTORY}, which the job names")
-    parser.add_argument("--scaled-down", action="store_true", help="a model of half a million parameters")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="0.6b")
     arguments = parser.parse_args()
-    arguments.directory.mkdir(parents=True, exist_ok=True)
-    shape = SCALED_DOWN if arguments.scaled_down else QWEN3_0_6B
-    parameters = make_model(arguments.directory / "model", shape)
-    make_data(arguments.directory / "train.parquet")
+    parameters = make(arguments.directory, arguments.shape)
     print(f"{arguments.directory}: model of {parameters:,} parameters, {PROMPTS} prompts")
 
 

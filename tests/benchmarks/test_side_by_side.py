@@ -1,0 +1,62 @@
+"""The pure parts of the comparison with TRL, and a row that fails."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks.side_by_side.__main__ import PLANS, commands, measure, ratios, table
+
+
+def row(step: float, **others: float) -> dict:
+    figures = {"step_seconds": step, **others}
+    return {name: {"median": value, "least": value, "most": value} for name, value in figures.items()}
+
+
+ROWS = {
+    "ours": row(6.0, gen=4.0, update_actor=1.5),
+    "ours/pass": row(7.5, gen=4.0),
+    "trl/16": row(30.0),
+    "trl/32": row(21.0),
+    "trl/64": {"failure": "exit 1: out of memory", "step_seconds": {"median": 1.0, "least": 1.0, "most": 1.0}},
+    "vllm/log-probs": row(3.0),
+}
+
+
+def test_ratios_are_with_the_fastest_row_that_did_not_fail():
+    assert ratios(ROWS) == {
+        "TRL's step over that of ours": 3.5,
+        "vLLM alone over generation of ours": 0.75,
+        "TRL's step over that of ours/pass": 2.8,
+        "vLLM alone over generation of ours/pass": 0.75,
+    }
+
+
+def test_a_row_that_failed_says_why_in_the_table():
+    lines = table(ROWS).splitlines()
+    assert lines[2].startswith("| ours | 6.00 (6.00 to 6.00) |")
+    assert "| trl/64 | exit 1: out of memory |" in lines[6]
+
+
+def test_both_sides_get_the_same_batch_and_lengths():
+    plan = PLANS["0.6b"]
+    found = commands(plan, 5, Path("m"), Path("d"), Path("rows"), {"pass": ["--set", "a=b"]})
+    assert found.keys() == {"ours", "ours/pass", "trl/16", "trl/32", "trl/64", "vllm/log-probs", "vllm/no-log-probs"}
+    assert found["ours/pass"] == [part.replace("rows/ours/run", "rows/ours/pass/run") for part in found["ours"]] + [
+        "--set",
+        "a=b",
+    ]
+    for name, command in found.items():
+        if not name.startswith("ours"):
+            assert command[command.index("--response-tokens") + 1] == "512"
+            assert command[command.index("--prompts") + 1] == "64"
+    assert {"data.maxResponseLength=512", "data.trainBatchSize=64", "rollout.n=8"} < set(found["ours"])
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [("raise SystemExit('no GPU')", "exit 1: no GPU"), ("import time; time.sleep(60)", "not done after 1 s")],
+)
+def test_a_row_that_cannot_run_is_a_result(tmp_path, code, said):
+    result = measure([sys.executable, "-c", code], tmp_path, 1.0)
+    assert result["failure"] == said
+    assert result["steps"] == 0
