@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_worker.coordinator import dispatch, saver
 from grpo_worker.demo.tokenizer import build_tokenizer
 from grpo_worker.environment import COORDINATOR_PORT, JOB_TOKEN, RUN_DIRECTORY
-from grpo_worker.local.placement import free_port
+from grpo_worker.ports import free_port
 
 REWARDS = '''
 import os, time

@@ -1,15 +1,13 @@
 """Which processes a job has on a machine, and what each gets of it."""
 
 import os
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grpo_worker.config import Spec, job_from_document
 from grpo_worker.errors import ConfigError
-from grpo_worker.local.placement import Machine, Process, free_port, place, require_free
+from grpo_worker.local.placement import Machine, Process, place
 
 
 def spec(**sections: Any) -> Spec:
@@ -104,16 +102,3 @@ def test_the_machine_has_the_gpus_that_this_process_may_see(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert Machine.here() == Machine(len(os.sched_getaffinity(0)), gpus)
-
-
-def test_a_free_port_is_free_and_a_taken_one_names_its_field() -> None:
-    port = free_port()
-    require_free(port, "coordinatorPort")
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert port < lowest, "an outgoing connection may take it before its server starts"
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        number = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"network\.trainerPort: port {number} is in use"):
-            require_free(number, "trainerPort")

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 from aiohttp import web
-from trainer_helpers import free_port, save_tiny_model
+from trainer_helpers import save_tiny_model
 
+from grpo_worker.ports import free_port
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.http import door
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply

@@ -17,10 +17,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from trainer_helpers import batch_message, free_port, options_for, save_tiny_model, single_rank
+from trainer_helpers import batch_message, options_for, save_tiny_model, single_rank
 
 from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import ConfigError
+from grpo_worker.ports import free_port
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import (
     Done,

@@ -1,7 +1,6 @@
 """A tiny Qwen3 made in code, batches of random tokens, and a trainer of one rank in the test's own process."""
 
 import functools
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -100,12 +99,6 @@ def plain_log_probs(model: Path, sequences: Sequences, temperature: float) -> tu
         log_probs.append(rows.gather(-1, ids[prompt:, None]).squeeze(-1))
         entropies.append(-(rows.exp() * rows).sum(-1))
     return torch.cat(log_probs).numpy(), torch.cat(entropies).numpy()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @functools.cache

@@ -6,16 +6,11 @@ there are too few, they share (so one GPU runs a whole job, if memory allows).
 
 import glob
 import os
-import random
-import socket
-from contextlib import suppress
 from dataclasses import dataclass
 
 from grpo_worker.config import Spec
 from grpo_worker.environment import REPLICA_INDEX
 from grpo_worker.errors import ConfigError
-
-SERVER_PORTS = range(20000, 32768)
 
 
 @dataclass(frozen=True)
@@ -69,30 +64,6 @@ def place(spec: Spec, machine: Machine) -> list[Process]:
 def device_count(spec: Spec, machine: Machine) -> int:
     """GPUs that the job uses (on CPU: its processes that compute), each counted once."""
     return spec.devices if spec.runtime.device == "cpu" or not machine.gpus else min(spec.devices, len(machine.gpus))
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now. It lies below those that the kernel gives to outgoing connections (32768 and up), so that none
-    of them has it when its server starts."""
-    for port in random.sample(SERVER_PORTS, 50):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((host, port))
-            return port
-    raise ConfigError(
-        f"network: no free port for a server among {SERVER_PORTS[0]} to {SERVER_PORTS[-1]} on {host}. Set the ports."
-    )
-
-
-def require_free(port: int, field: str, host: str = "127.0.0.1") -> None:
-    """Raises ConfigError when somebody listens on `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"network.{field}: port {port} is in use ({error.strerror}). Choose another one, or 0 for any free port."
-            ) from error
 
 
 def _visible(gpus: tuple[str, ...], indices: range) -> dict[str, str]:

@@ -39,11 +39,12 @@ from grpo_worker.errors import (
     one_line,
 )
 from grpo_worker.local.child import Child, ChildSpec
-from grpo_worker.local.placement import Machine, Process, device_count, free_port, place, require_free
+from grpo_worker.local.placement import Machine, Process, device_count, place
 from grpo_worker.local.policy import Action, Budget, Decision, decide
 from grpo_worker.local.variables import document_variables
 from grpo_worker.local.view import View
 from grpo_worker.metric_loggers import EventLog, read_events
+from grpo_worker.ports import free_port, require_free
 from grpo_worker.protocol.auth import authorization
 from grpo_worker.run_directory import RunDirectory
 

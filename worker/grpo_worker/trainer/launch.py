@@ -7,7 +7,6 @@ asked, then killed. torch is not imported here: a supervisor should cost nothing
 import logging
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 from grpo_worker.environment import PARENT_PID
 from grpo_worker.errors import ConfigError
+from grpo_worker.ports import free_port
 
 RANK_PROCESS = "GRPO_TRAINER_RANK_PROCESS"  # set for our own children alone
 POLL_SECONDS = 0.1
@@ -62,7 +62,7 @@ def is_rank_process(environment: Mapping[str, str]) -> bool:
 
 def run_ranks(command: Sequence[str], place: Placement, stop: threading.Event | None = None) -> int:
     """Run `command` once for each rank of this node. Returns the exit code for the node."""
-    port = place.master_port or _free_port()
+    port = place.master_port or free_port()
     processes = []
     for local_rank in range(place.ranks_per_node):
         environment = {
@@ -129,9 +129,3 @@ def _stop_on_sigterm() -> threading.Event:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     return stop
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
