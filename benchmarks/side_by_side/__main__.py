@@ -15,6 +15,8 @@ ours for a step, and vLLM alone over our generation.
 import argparse
 import json
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -146,24 +148,26 @@ class DeviceMemory:
 
 def measure(command: list[str], directory: Path, limit_seconds: float) -> dict[str, Any]:
     """Run one row. Raises nothing: a failure is in the result."""
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)  # nothing of an earlier try is resumed
+    directory.mkdir(parents=True)
     lines = directory / ("run/metrics.jsonl" if (ours := "grpo_worker.cli.main" in command) else "curve.jsonl")
-    lines.unlink(missing_ok=True)
     first, started = None, time.monotonic()
     failure = ""
     with (directory / "output.txt").open("wb") as output, DeviceMemory() as memory:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        while process.poll() is None and not failure:
-            time.sleep(0.1)
-            if first is None and lines.exists() and b"\n" in lines.read_bytes():
-                first = time.monotonic() - started
-            if time.monotonic() - started > limit_seconds:
-                failure = f"not done after {limit_seconds:.0f} s"
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        try:
+            while process.poll() is None and not failure:
+                time.sleep(0.1)
+                if first is None and lines.exists() and b"\n" in lines.read_bytes():
+                    first = time.monotonic() - started
+                if time.monotonic() - started > limit_seconds:
+                    failure = f"not done after {limit_seconds:.0f} s"
+        finally:  # also when this process is told to end: the next row needs the GPU
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
     process.wait()
     if process.returncode and not failure:
         last = (directory / "output.txt").read_text(errors="replace").strip().splitlines() or [""]
@@ -260,6 +264,7 @@ def main() -> None:
         help="another row of ours, with these arguments of `grpo run`",
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan, directory = PLANS[arguments.plan], arguments.directory.resolve()
     model, data = arguments.model, arguments.data
     if plan.shape:

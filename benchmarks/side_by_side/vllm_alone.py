@@ -34,7 +34,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = []
-    for row in parquet.read_table(options.data).to_pylist()[: options.prompts]:
+    for row in parquet.read_table(options.data).to_pylist():
         text, chat = row["prompt"], [{"role": "user", "content": row["prompt"]}]
         if not options.plain:
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -58,8 +58,9 @@ def main() -> None:
     )
     with (options.out / "curve.jsonl").open("w") as file:
         for number in range(1, options.rounds + 1):
+            fresh = [prompts[(number * options.prompts + i) % len(prompts)] for i in range(options.prompts)]
             started = time.perf_counter()
-            outputs = llm.generate(prompts * options.samples, sampling, use_tqdm=False)
+            outputs = llm.generate(fresh * options.samples, sampling, use_tqdm=False)
             seconds = time.perf_counter() - started
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             point = {"step": number, "step_seconds": seconds, "length": tokens / len(outputs)}
