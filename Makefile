@@ -1,6 +1,7 @@
 # Each target sets up what it needs, from Python 3.11 or newer and make alone.
 #   make demo   trains a small model in minutes and writes its report     make test   all tests
 #   make lint   format, lint, types, imports, dead code                   make bench  what produced the numbers in the docs
+#   make gpu-smoke   what only a GPU can show, on a machine that has one
 #   make e2e    a real Kubernetes node, images, chart, jobs (root)        make cluster  leaves one running to play with
 
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ STAMP := $(VENV)/.ready-$(LOCK)
 SOURCES := operator worker tests benchmarks e2e
 LOCK_FLAGS := --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-emit-index-url --no-annotate
 
-.PHONY: demo test e2e cluster cluster-down lint format bench generated lock clean
+.PHONY: demo test e2e cluster cluster-down lint format bench gpu-smoke generated lock clean
 
 demo: $(STAMP)
 	$(BIN)/grpo demo run
@@ -52,6 +53,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# With the environment that the GPU machine has (docs/gpu.md), not the one of this file: PYTHON=python3 make gpu-smoke
+gpu-smoke:
+	PYTHONPATH=worker:operator:. $(PYTHON) -m pytest $(wildcard tests/*/test_*_gpu.py) -rA --tb=short --show-capture=no
 
 # Files made from the models; a test fails when they differ.
 generated: $(STAMP)
