@@ -144,6 +144,19 @@ def test_a_termination_log_that_cannot_be_written_changes_nothing(
     assert "could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("role", ["trainer", "rollout"])
+def test_a_role_that_is_told_to_use_a_gpu_says_at_once_that_there_is_none(
+    job: Path, termination: Path, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    job.write_text(job.read_text() + "  runtime: {device: cuda}\n")
+    assert entrypoint.run(role, str(job)) == ExitCode.DEVICE
+    word = json.loads(termination.read_text())
+    assert word["reason"] == "DeviceFailed"
+    assert "torch finds no GPU: the node has no NVIDIA driver" in word["message"]
+    assert "(CUDA_VISIBLE_DEVICES is )" in word["message"]
+
+
 def test_an_unknown_role_is_a_wrong_command_line(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         entrypoint.main(["driver", "--job", str(job)])

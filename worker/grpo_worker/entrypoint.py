@@ -19,7 +19,7 @@ from pathlib import Path
 
 from grpo_worker.config import GRPOJob, load_written
 from grpo_worker.environment import PARENT_PID, REPLICA_INDEX, TERMINATION_LOG
-from grpo_worker.errors import ExitCode, GRPOError, MemoryFullError, memory_was_full, one_line
+from grpo_worker.errors import DeviceError, ExitCode, GRPOError, MemoryFullError, memory_was_full, one_line
 
 ROLES = ("coordinator", "trainer", "rollout")
 _PR_SET_PDEATHSIG = 1
@@ -95,6 +95,7 @@ def _run_role(role: str, job: GRPOJob) -> tuple[int, dict[str, object]]:
         from grpo_worker.coordinator.main import run as run_coordinator
 
         return int(ExitCode.DONE), run_coordinator(job)
+    _require_device(job.spec.runtime.device)
     if role == "trainer":
         from grpo_worker.trainer.main import run as run_trainer
 
@@ -103,6 +104,20 @@ def _run_role(role: str, job: GRPOJob) -> tuple[int, dict[str, object]]:
 
     run_rollout(job, index=int(os.environ.get(REPLICA_INDEX, "0")))
     return int(ExitCode.DONE), {}
+
+
+def _require_device(device: str) -> None:
+    """Raises DeviceError where the document's device is not to be had: whoever places pods may find a node that has it."""
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "runtime.device: cuda, but torch finds no GPU: the node has no NVIDIA driver, or no GPU was given to this process "
+            f"(CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}), or torch was built without CUDA "
+            f"({torch.__version__})."
+        )
 
 
 def _last_word(reason: str, message: str, context: dict[str, object]) -> None:
