@@ -173,6 +173,13 @@ CONTRADICTIONS = [
     (["data.trainBatchSize=100", "actor.ppoMiniBatchSize=64"], "actor.ppoMiniBatchSize", "divisor"),
     (["data.trainBatchSize=8"], "actor.ppoMiniBatchSize", "does not divide"),
     (
+        ["trainer.gpusPerNode=4", "actor.fsdp.shardSize=3"],
+        "actor.fsdp.shardSize",
+        "does not divide the trainer's ranks",
+    ),
+    (["actor.fsdp.shardSize=2"], "actor.fsdp.shardSize", "or -1"),
+    (["actor.fsdp.shardSize=0"], "actor.fsdp.shardSize", "or -1"),
+    (
         ["actor.optim={lrScheduler: cosine, lrWarmupSteps: 40}", "trainer.totalSteps=10"],
         "actor.optim.lrWarmupSteps",
         "to decay over",
@@ -328,6 +335,7 @@ CONTRADICTIONS = [
 
 # Overrides of the sound document that leave it sound.
 GOOD = [
+    ["trainer.nodes=2", "trainer.gpusPerNode=8", "actor.fsdp.shardSize=8"],
     [],
     ["actor.optim.lr=1e-6"],
     ["actor.optim.lr=1", "actor.clipRatioC=2", "algorithm.gamma=1"],

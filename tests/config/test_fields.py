@@ -53,6 +53,7 @@ PROMISED = [
     "actor.klLossCoef",
     "actor.klLossType",
     "actor.entropyCoeff",
+    "actor.fsdp.shardSize",
     "actor.fsdp.paramOffload",
     "actor.fsdp.optimizerOffload",
     "ref.fsdp.paramOffload",
@@ -102,7 +103,7 @@ DEFAULTS = {
     "actor.ppoMicroBatchSizePerGPU": None, "actor.clipRatioLow": 0.2, "actor.clipRatioHigh": 0.2, "actor.clipRatioC": 3.0,
     "actor.lossAggMode": "token-mean", "actor.lossMode": "vanilla", "actor.useKLLoss": False, "actor.klLossCoef": 0.001,
     "actor.klLossType": "low_var_kl", "actor.entropyCoeff": 0.0, "actor.fsdp.paramOffload": False, "actor.fsdp.optimizerOffload": False,
-    "ref.fsdp.paramOffload": False, "rollout.n": 5, "rollout.temperature": 1.0, "rollout.topP": 1.0, "rollout.topK": -1,
+    "actor.fsdp.shardSize": -1, "ref.fsdp.paramOffload": False, "rollout.n": 5, "rollout.temperature": 1.0, "rollout.topP": 1.0, "rollout.topK": -1,
     "rollout.tensorParallelSize": 1, "rollout.gpuMemoryUtilization": 0.6, "trainer.gpusPerNode": 1, "trainer.nodes": 1,
     "checkpoint.saveFreq": 20, "trainer.testFreq": 5, "trainer.totalEpochs": 15, "trainer.loggers": ["console", "jsonl"],
 }  # fmt: skip

@@ -1,11 +1,13 @@
 """One rank of a trainer for test_trainer_ranks.py: runs a named scenario, rank 0 writes what it saw.
 
 Usage: rank_process.py MODEL OUTPUT SCENARIO[=CHECKPOINT]... `serve` is the real trainer process, on the port that
-OUTPUT holds. The ranks are those of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+OUTPUT holds. The ranks are those of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; SHARD_SIZE of them share a copy of the model.
 """
 
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol.messages import LoadRequest, LogProbsRequest, PublishRequest, SaveRequest, UpdateRequest
 from grpo_worker.trainer import hf_format, loop
-from grpo_worker.trainer.distributed import Ranks, broadcast_bytes, join, leave
+from grpo_worker.trainer.distributed import Ranks, broadcast_bytes, join, leave, make_mesh
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused
 from grpo_worker.trainer.main import run_rank
@@ -61,6 +63,17 @@ def gradients(model: Path, ranks: Ranks, _: Path) -> Any:
     return result
 
 
+def reductions(model: Path, ranks: Ranks, _: Path) -> Any:
+    """Gradients of one update, reduced when the field says, by (ranks that share a copy of the model, field)."""
+    result = {}
+    for shard_size in sorted({1, ranks.world_size // 2, ranks.world_size}):
+        meshed = replace(ranks, mesh=make_mesh("cpu", ranks.world_size, shard_size))
+        for when in ("auto", "microBatch", "update"):
+            actor = {"fsdp": {"gradientReduction": when}, "ppoMicroBatchSizePerGPU": 1}
+            result[shard_size, when] = recorded_update(options_for(model, actor=actor), sequences_of(LENGTHS), meshed)
+    return result
+
+
 def straight(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
     """Four steps, with a save after the second; log-probs and the published digest at the end."""
     engine = TrainerEngine(options_for(model, algorithm={"useKLInReward": True}), ranks)
@@ -75,6 +88,8 @@ def straight(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
     reply = engine.run(LogProbsRequest(batch=batch_message(LENGTHS), actor=True, reference=True))
     source = engine.run(PublishRequest(version=4)).store  # type: ignore[union-attr]
     parameters = whole_parameters(engine.model)
+    every_copy: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(every_copy, parameters)
     manifest = engine.store.current if engine.store else None
     names = [(entry.name, entry.shape, entry.dtype) for entry in manifest.tensors] if manifest else []
     engine.close()
@@ -88,6 +103,7 @@ def straight(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
         "ref_log_probs": reply.ref_log_probs.numpy().tolist(),  # type: ignore[union-attr]
         "digest": source.digest,
         "published": names,
+        "copies_alike": all(torch.equal(c[name], value) for c in every_copy for name, value in parameters.items()),
     }
 
 
@@ -185,13 +201,14 @@ def main() -> None:
         return
     if scenarios[0].startswith("late"):
         sys.exit(late(model, output, float(scenarios[0].partition("=")[2])))
-    ranks = join("cpu", 60.0, seed=0)
+    ranks = join("cpu", 60.0, seed=0, shard_size=int(os.environ.get("SHARD_SIZE", "-1")))
     hf_format.MIN_FILE_BYTES = 1 << 14  # a tiny model's weights in a file for each rank too
     results = {}
     for scenario in scenarios:
         name, _, checkpoint = scenario.partition("=")
         run = {
             "gradients": gradients,
+            "reductions": reductions,
             "straight": straight,
             "resumed": resumed,
             "damaged": damaged,

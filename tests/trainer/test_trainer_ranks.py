@@ -44,13 +44,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {ranks: folder / f"of-{ranks}" for ranks in (1, 2)}
+    return {ranks: folder / f"of-{ranks}" for ranks in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(model: Path, checkpoints: dict[int, Path]) -> Any:
     scenarios = ["gradients", f"straight={checkpoints[2]}"]
     results = run(model, checkpoints[2].with_suffix(".pt"), 2, scenarios)
+    return {name.partition("=")[0]: result for name, result in results.items()}
+
+
+@pytest.fixture(scope="module")
+def in_two_copies(model: Path, checkpoints: dict[int, Path]) -> Any:
+    """Four ranks, of which two share a copy of the model."""
+    scenarios = ["reductions", f"straight={checkpoints[4]}", f"resumed={checkpoints[4]}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARD_SIZE", "2")
+        results = run(model, checkpoints[4].with_suffix(".pt"), 4, scenarios)
     return {name.partition("=")[0]: result for name, result in results.items()}
 
 
@@ -132,6 +142,32 @@ def test_steps_save_load_steps_equal_unbroken_steps_bit_for_bit(
         assert torch.equal(resumed["parameters"][name], value), name
     assert resumed["metrics"]["actor/grad_norm"] == expected["metrics"]["actor/grad_norm"]
     assert resumed["digest"] == expected["digest"]
+
+
+@pytest.mark.parametrize("when", ["auto", "microBatch", "update"])
+@pytest.mark.parametrize("shard_size", [1, 2, 4])
+def test_copies_of_the_model_and_late_reductions_have_the_gradient_of_one_rank(
+    model: Path, in_two_copies: Any, shard_size: int, when: str
+) -> None:
+    gradients, metrics = recorded_update(options_for(model), sequences_of(LENGTHS), single_rank())
+    other, other_metrics = in_two_copies["reductions"][shard_size, when]
+    assert relative_difference(other[0], gradients[0]) < 1e-6
+    assert other_metrics["actor/grad_norm"] == pytest.approx(metrics["actor/grad_norm"], rel=1e-5)
+
+
+def test_two_copies_of_the_model_train_save_resume_and_publish_as_one(
+    unbroken: dict[int, Any], in_two_copies: Any, checkpoints: dict[int, Path]
+) -> None:
+    straight, resumed = in_two_copies["straight"], in_two_copies["resumed"]
+    assert straight["copies_alike"]
+    assert relative_difference(straight["parameters"], unbroken[1]["parameters"]) < 1e-5
+    assert straight["log_probs"] == pytest.approx(unbroken[1]["log_probs"], abs=1e-3)
+    assert straight["published"] == unbroken[1]["published"]
+    assert resumed["digest"] == straight["digest"] and torch.equal(resumed["noise"], straight["noise"])
+    # Each shard was written once, not once a copy: weights and two moments, float32.
+    values = sum(value.numel() for value in straight["parameters"].values())
+    shards = sum(path.stat().st_size for path in (checkpoints[4] / "state").glob("*.distcp"))
+    assert 3 * 4 * values < shards < 1.5 * 3 * 4 * values
 
 
 def test_two_ranks_checkpoint_loads_on_one(unbroken: dict[int, Any], again: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from trainer_helpers import (
     options_for,
     recorded_update,
@@ -95,6 +96,34 @@ def test_micro_batches_do_not_change_the_gradient(model: Path, mode: str) -> Non
     for other in gradients[1:]:
         assert relative_difference(other, gradients[0]) < 1e-6
     assert relative_difference(gradients[0], plain_gradient(model, sequences, mode, 0.1)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_that_wait_for_the_last_micro_batch_are_those_reduced_after_each(model: Path, dtype: str) -> None:
+    found = []
+    for when in ("auto", "microBatch", "update"):
+        actor = {"ppoMicroBatchSizePerGPU": 2, "fsdp": {"gradientReduction": when}}
+        options = options_for(model, actor=actor, model={"dtype": dtype})
+        found.append(recorded_update(options, sequences_of(LENGTHS, mini_batches=[4, 4]), single_rank())[0])
+    for other in found[1:]:
+        for after, wanted in zip(other, found[0], strict=True):
+            assert relative_difference(after, wanted) == 0.0
+
+
+def test_between_micro_batches_the_gathered_weights_stay_and_after_the_last_they_go(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updater = updater_for(options_for(model, actor={"ppoMicroBatchSizePerGPU": 2}))
+    held: list[bool] = []
+    compute = Updater._forward_backward
+
+    def watched(self: Updater, *arguments: Any) -> None:
+        compute(self, *arguments)
+        held.append(all(not isinstance(p, DTensor) for layer in self.model.layers for p in layer.parameters()))
+
+    monkeypatch.setattr(Updater, "_forward_backward", watched)
+    updater.update(sequences_of(LENGTHS, mini_batches=[4, 4]), step=1)
+    assert held == [True, False, True, False]
 
 
 @pytest.mark.parametrize("mode", MODES)

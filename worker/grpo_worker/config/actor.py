@@ -72,8 +72,22 @@ class Optim(Section):
 
 
 class ActorFSDP(Section):
-    """Where the actor's shards live."""
+    """How the actor is sharded, and where its shards live."""
 
+    shard_size: int = field(
+        -1,
+        "Neighbouring ranks that one copy of the models is cut over; groups of so many hold copies (HSDP). -1: all ranks. With "
+        "trainer.gpusPerNode only gradients travel between nodes.",
+        verl="actor.fsdp_config.fsdp_size",
+        unit="ranks",
+        ge=-1,
+    )
+    gradient_reduction: Literal["auto", "microBatch", "update"] = field(
+        "auto",
+        "When gradients are summed over ranks. microBatch: after each. update: after an update's last, which needs 4 bytes a parameter "
+        "on each rank for whole gradients. auto: what needs no more memory: between copies of the model, and on a rank that holds a "
+        "whole one (not with paramOffload), after the last; within a copy after each.",
+    )
     param_offload: bool = field(
         False, "Keep parameters and gradients in host memory between uses.", verl="actor.fsdp_config.param_offload"
     )
@@ -135,7 +149,7 @@ class Actor(Section):
         "auto: no forward pass before the update where a step is one update, whose own forward is that of the old policy "
         "(not with rolloutRs, rolloutIsBatchNormalize or useKLInReward); always: as verl does.",
     )
-    fsdp: ActorFSDP = field(ActorFSDP, "Offload.", verl="actor.fsdp_config")
+    fsdp: ActorFSDP = field(ActorFSDP, "Sharding and offload.", verl="actor.fsdp_config")
 
     @property
     def token_budget(self) -> int:

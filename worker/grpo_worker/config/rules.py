@@ -170,6 +170,13 @@ RULES: tuple[Rule, ...] = (
         "Choose a divisor of data.trainBatchSize.",
     ),
     Rule(
+        "actor.fsdp.shardSize",
+        lambda s: s.actor.fsdp.shard_size == 0 or s.trainer.nodes * s.trainer.gpus_per_node % s.actor.fsdp.shard_size,
+        "self.actor.fsdp.shardSize != 0 && self.trainer.nodes * self.trainer.gpusPerNode % self.actor.fsdp.shardSize == 0",
+        "does not divide the trainer's ranks (trainer.nodes * trainer.gpusPerNode)",
+        "Choose a divisor, e.g. trainer.gpusPerNode, or -1 for one copy over all ranks.",
+    ),
+    Rule(
         "actor.optim.lrWarmupSteps",
         lambda s: (
             s.actor.optim.lr_scheduler != "constant"

@@ -23,7 +23,10 @@ LOADED_KEY = "trainer/loaded"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place. `store` is shared by all ranks; `control` and `saving` are Gloo groups of all ranks."""
+    """This process's place. `store` is shared by all ranks; `control` and `saving` are Gloo groups of all ranks.
+
+    `mesh` is [replicate, shard] where groups of ranks hold copies of the model (HSDP), else [shard].
+    """
 
     rank: int
     world_size: int
@@ -37,13 +40,25 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def replicas(self) -> int:
+        """Copies of the model, each cut over `world_size / replicas` ranks."""
+        return self.mesh.size() // self.mesh["shard"].size()
 
-def join(device: str, timeout_seconds: float, seed: int, rendezvous_timeout_seconds: float | None = None) -> Ranks:
+
+def join(
+    device: str,
+    timeout_seconds: float,
+    seed: int,
+    rendezvous_timeout_seconds: float | None = None,
+    shard_size: int = -1,
+) -> Ranks:
     """Meet the other ranks as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say (alone without them).
 
     Args:
         timeout_seconds: limit of one collective.
         rendezvous_timeout_seconds: until all ranks have come (default the same); a name that does not resolve yet is tried again.
+        shard_size: see `make_mesh`.
 
     Raises ConfigError when the port is taken or there is no such GPU, RetryableError when the others do not come.
     """
@@ -62,11 +77,19 @@ def join(device: str, timeout_seconds: float, seed: int, rendezvous_timeout_seco
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     saving = dist.new_group(backend="gloo", timeout=timeout)
-    mesh = init_device_mesh(place.type, (world_size,))
+    mesh = make_mesh(place.type, world_size, shard_size)
     seed_everything(seed + rank)
     if place.type == "cpu":
         torch.use_deterministic_algorithms(True)
     return Ranks(rank, world_size, place, mesh, control, saving, store)
+
+
+def make_mesh(device_type: str, world_size: int, shard_size: int) -> DeviceMesh:
+    """Neighbouring ranks, `shard_size` of them (-1: all), share one copy of the model; so a copy stays within a node whose ranks it divides."""
+    if shard_size in (-1, world_size):
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    shape = (world_size // shard_size, shard_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def meet(ranks: Ranks, timeout_seconds: float) -> None:

@@ -46,7 +46,8 @@ def run_rank(options: "TrainerOptions") -> None:
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     token = job_token()
     trainer, startup_seconds = options.spec.trainer, options.spec.failure_policy.startup_timeout_seconds
-    ranks = join(options.device, trainer.process_group_timeout_seconds, trainer.seed, startup_seconds)
+    shard_size = options.spec.actor.fsdp.shard_size
+    ranks = join(options.device, trainer.process_group_timeout_seconds, trainer.seed, startup_seconds, shard_size)
     if not ranks.is_first:
         loop.tell_when_terminated(ranks, options.name, terminated)
         engine = loop.load(options, ranks, token)

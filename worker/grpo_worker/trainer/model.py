@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from grpo_worker.config.actor import ActorFSDP
 from grpo_worker.errors import ConfigError, DataError, one_line
 from grpo_worker.model_files import CONFIG_FILE
 from grpo_worker.trainer import attention
@@ -136,8 +137,8 @@ def build_policy(
     model.requires_grad_(trainable)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=options.device == "cuda") if param_offload else OffloadPolicy()
-    # On one rank nothing is gained by freeing the gathered parameters between forward and backward.
-    reshard = mesh.size() > 1 or param_offload
+    # Where a rank has the whole model, nothing is gained by freeing the gathered parameters between forward and backward.
+    reshard = mesh["shard"].size() > 1 or param_offload
     wrap_layers(model, options.compile, section.enable_gradient_checkpointing and trainable)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
@@ -149,6 +150,20 @@ def build_policy(
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def set_reductions(model: PolicyModel, mesh: DeviceMesh, fsdp: ActorFSDP, last: bool) -> None:
+    """What the next backward pass does with gradients, `last` of its update or not (`actor.fsdp.gradientReduction`).
+
+    After the last one all gradients are reduced and nothing is gathered any more, whatever the field says.
+    """
+    each = last or fsdp.gradient_reduction == "microBatch"
+    whole = mesh["shard"].size() == 1 and not fsdp.param_offload
+    module: Any = model  # FSDPModule, since `fully_shard`
+    module.set_requires_gradient_sync(each or (fsdp.gradient_reduction == "auto" and not whole))
+    module.set_requires_all_reduce(each)
+    # Parameters that do not change between micro-batches need not be cast again where they may stay.
+    module.set_reshard_after_backward(each or not whole)
 
 
 def wrap_layers(model: PolicyModel, compile: bool, checkpointed: bool) -> None:

@@ -76,12 +76,16 @@ class PolicyOptimizer:
         return {name: dict(self.adamw.state[parameter]) for name, parameter in self.parameters.items()}
 
     def _global_norm(self, gradients: list[Tensor]) -> float:
-        """L2 norm over all parameters and ranks; each element is in exactly one shard."""
+        """L2 norm over all parameters. Each element is in one shard of each replica.
+
+        Summed over replicas too: one collective of all ranks gives all of them the same bits, so replicas never drift apart.
+        """
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
         squares = norms.double().square().sum()
         if self.ranks.world_size > 1:
             squares = squares.to(self.ranks.device)
-            dist.all_reduce(squares, group=self.ranks.mesh.get_group())
+            dist.all_reduce(squares)
+            squares /= self.ranks.replicas
         return math.sqrt(float(squares))
 
     def _rest(self) -> None:

@@ -29,7 +29,7 @@ from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.learning_rate import learning_rate
 from grpo_worker.trainer.mfu import ModelFlops, device_peak
-from grpo_worker.trainer.model import PolicyModel
+from grpo_worker.trainer.model import PolicyModel, set_reductions
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.packing import PackingPlan, packing_efficiency, plan_micro_batches, rank_imbalance
@@ -161,7 +161,8 @@ class Updater:
         lengths = [sequences.lengths[i] for i in computing]
         plan = _plan(lengths, self.ranks, actor.token_budget, actor.ppo_micro_batch_size_per_gpu)
         whole, part = (self._normalizer(sequences, some) for some in (members, computing))
-        for batch in _micro_batches(sequences, plan, computing, self.options, self.ranks):
+        for number, batch in enumerate(_micro_batches(sequences, plan, computing, self.options, self.ranks), 1):
+            set_reductions(self.model, self.ranks.mesh, actor.fsdp, last=number == plan.micro_batches)
             self._forward_backward(batch, sequences, whole, part, sums)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
