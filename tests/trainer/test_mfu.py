@@ -1,16 +1,19 @@
 """Model FLOPs by hand, and what becomes of them in a step's metrics."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from trainer_helpers import options_for, save_tiny_model, sequences_of, single_rank
 from transformers import AutoModelForCausalLM
 
-from grpo_worker.trainer.mfu import ModelFlops, device_peak, peak_flops
+from grpo_worker.trainer import update
+from grpo_worker.trainer.mfu import ModelFlops, device_peak, parity_tokens, peak_flops
 from grpo_worker.trainer.model import build_policy
 from grpo_worker.trainer.optimizer import PolicyOptimizer
-from grpo_worker.trainer.update import TrainerState, Updater
+from grpo_worker.trainer.packing import PackingPlan, cost, plan_micro_batches
+from grpo_worker.trainer.update import TrainerState, Updater, compute_log_probs
 from grpo_worker.trainer.user_loss import policy_loss
 
 # Of `save_tiny_model`: 2 layers of width 64, 4 heads of 32 (2 for keys and values), MLP 96, vocabulary 64.
@@ -34,6 +37,32 @@ def test_flops_by_hand() -> None:
     # 6 N a token; QK^T and AV are 2 * 2 T^2 H Q a layer forward, three times that with backward, and half of it is masked.
     assert flops.training([10]) == 6 * 1000 * 10 + 2 * (3 * 2 * 2 * 10**2 * 4 * 32) / 2
     assert flops.training([10, 20]) == flops.training([10]) + flops.training([20])
+
+
+def test_a_sequences_cost_is_in_proportion_to_its_flops() -> None:
+    flops = ModelFlops(parameters=51200, layers=2, heads=4, head_size=32)
+    parity = parity_tokens(flops)
+    assert parity == 200
+    assert cost(200, parity) == 2 * 200
+    for tokens in (1, 200, 3000):
+        assert 6 * flops.parameters * cost(tokens, parity) == pytest.approx(flops.training([tokens]))
+
+
+def test_micro_batches_are_planned_by_the_models_own_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def recorded(*arguments: Any) -> PackingPlan:
+        asked.append(arguments[-1])
+        return plan_micro_batches(*arguments)
+
+    monkeypatch.setattr(update, "plan_micro_batches", recorded)
+    options, ranks = options_for(save_tiny_model(tmp_path)), single_rank()
+    policy = build_policy(options, ranks.mesh)
+    optimizer = PolicyOptimizer(policy, options.spec.actor.optim, ranks, offload=False)
+    sequences = sequences_of([(5, 7), (3, 20)])
+    Updater(policy, optimizer, options, ranks, policy_loss("vanilla"), TrainerState()).update(sequences, step=1)
+    compute_log_probs(policy, sequences, options, ranks, options.spec.rollout)
+    assert asked == [TIED / (2 * 4 * 32)] * 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from grpo_worker.trainer.packing import ATTENTION_PARITY_TOKENS
+
 # Dense bfloat16 FLOP/s of the data sheets (no sparsity), by words of the device's name; the first that fits.
 PEAK_FLOPS = (
     ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
@@ -55,6 +57,11 @@ class ModelFlops:
         """Of sequences of so many tokens, forward and backward: 6 N a token, and 12 L H Q T for attention, of which a causal mask needs half."""
         tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
         return 6.0 * self.parameters * tokens + 6.0 * self.layers * self.heads * self.head_size * pairs
+
+
+def parity_tokens(flops: ModelFlops | None) -> float:
+    """Length at which attention needs as much as all other products, 6 N T = 6 L H Q T^2; a usual one for an unknown model."""
+    return flops.parameters / (flops.layers * flops.heads * flops.head_size) if flops else ATTENTION_PARITY_TOKENS
 
 
 def device_peak(device: torch.device, compute_dtype: torch.dtype) -> float | None:

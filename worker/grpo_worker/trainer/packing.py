@@ -9,8 +9,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Length at which causal attention costs as much as a layer's matrix products: 6 x hidden size, here for 1024.
-ATTENTION_PARITY_TOKENS = 6144
+# Length at which causal attention costs as much as all matrix products, where a model's own is not known (`mfu.ModelFlops`): 6 x hidden
+# size, which is a dense layer's, here for 1024.
+ATTENTION_PARITY_TOKENS = 6144.0
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class PackingPlan:
         return len(self.ranks[0])
 
 
-def cost(tokens: int) -> float:
-    """Work of one sequence: linear in its tokens, plus causal attention's quadratic part."""
-    return tokens * (1.0 + tokens / ATTENTION_PARITY_TOKENS)
+def cost(tokens: int, parity_tokens: float = ATTENTION_PARITY_TOKENS) -> float:
+    """Work of one sequence: linear in its tokens, plus causal attention's quadratic part, equal at `parity_tokens`."""
+    return tokens * (1.0 + tokens / parity_tokens)
 
 
 def plan_micro_batches(
@@ -34,6 +35,7 @@ def plan_micro_batches(
     ranks: int,
     max_tokens: int | None = None,
     sequences_per_micro_batch: int | None = None,
+    parity_tokens: float = ATTENTION_PARITY_TOKENS,
 ) -> PackingPlan:
     """Pack `lengths` [sequences] either under a token budget or `sequences_per_micro_batch` at a time.
 
@@ -41,14 +43,15 @@ def plan_micro_batches(
     """
     if (max_tokens is None) == (sequences_per_micro_batch is None):
         raise ValueError("give max_tokens or sequences_per_micro_batch, not both")
+    costs = [cost(length, parity_tokens) for length in lengths]
     if sequences_per_micro_batch is not None:
-        shares = _balance(lengths, ranks)
+        shares = _balance_costs(costs, ranks, equal_counts=True)
         plans = [_fixed_size(share, sequences_per_micro_batch) for share in shares]
     else:
         assert max_tokens is not None
         bins = _best_fit_decreasing(lengths, max_tokens)
-        bins = _grow(bins, lengths, ranks)
-        weights = [sum(cost(lengths[i]) for i in members) for members in bins]
+        bins = _grow(bins, costs, ranks)
+        weights = [sum(costs[i] for i in members) for members in bins]
         plans = [[bins[b] for b in share] for share in _balance_costs(weights, ranks)]
     width = max(len(plan) for plan in plans)
     for plan in plans:
@@ -56,7 +59,7 @@ def plan_micro_batches(
             members.sort()
         # Longest first: the step's peak of memory comes at once, not after minutes.
         # Ranks wait for one another in each round, so the rounds must pair micro-batches of equal cost.
-        plan.sort(key=lambda members: (-sum(cost(lengths[i]) for i in members), members))
+        plan.sort(key=lambda members: (-sum(costs[i] for i in members), members))
         plan.extend([] for _ in range(width - len(plan)))
     return PackingPlan(plans)
 
@@ -72,9 +75,11 @@ def packing_efficiency(plan: PackingPlan, lengths: Sequence[int], max_tokens: in
     return tokens / slots if slots else 1.0
 
 
-def rank_imbalance(plan: PackingPlan, lengths: Sequence[int]) -> float:
+def rank_imbalance(
+    plan: PackingPlan, lengths: Sequence[int], parity_tokens: float = ATTENTION_PARITY_TOKENS
+) -> float:
     """Cost of the busiest rank over the mean, 1.0 is perfect."""
-    loads = [sum(cost(lengths[i]) for members in rank for i in members) for rank in plan.ranks]
+    loads = [sum(cost(lengths[i], parity_tokens) for members in rank for i in members) for rank in plan.ranks]
     return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
 
 
@@ -95,7 +100,7 @@ def _best_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[i
     return bins
 
 
-def _grow(bins: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+def _grow(bins: list[list[int]], costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Split the costliest bins until there are as many as a multiple of `ranks` wants, so that no rank computes
     padding.
 
@@ -107,16 +112,12 @@ def _grow(bins: list[list[int]], lengths: Sequence[int], ranks: int) -> list[lis
         splittable = [b for b in range(len(bins)) if len(bins[b]) > 1]
         if not splittable:
             break
-        source = max(splittable, key=lambda b: (sum(cost(lengths[i]) for i in bins[b]), -b))
-        halves = _balance_costs([cost(lengths[i]) for i in bins[source]], 2)
+        source = max(splittable, key=lambda b: (sum(costs[i] for i in bins[b]), -b))
+        halves = _balance_costs([costs[i] for i in bins[source]], 2)
         members = bins[source]
         bins[source] = [members[i] for i in halves[0]]
         bins.append([members[i] for i in halves[1]])
     return bins
-
-
-def _balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    return _balance_costs([cost(length) for length in lengths], ranks, equal_counts=True)
 
 
 def _balance_costs(costs: Sequence[float], parts: int, equal_counts: bool = False) -> list[list[int]]:

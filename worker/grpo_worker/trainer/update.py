@@ -28,7 +28,7 @@ from grpo_worker.errors import DataError
 from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.learning_rate import learning_rate
-from grpo_worker.trainer.mfu import ModelFlops, device_peak
+from grpo_worker.trainer.mfu import ModelFlops, device_peak, parity_tokens
 from grpo_worker.trainer.model import PolicyModel, set_reductions
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
@@ -55,7 +55,8 @@ def compute_log_probs(
     """
     result = torch.zeros(2, sequences.response_tokens)
     budget = limits.log_prob_max_token_len_per_gpu or options.spec.actor.token_budget
-    plan = _plan(sequences.lengths, ranks, budget, limits.log_prob_micro_batch_size_per_gpu)
+    parity = parity_tokens(ModelFlops.of(model.lm))
+    plan = _plan(sequences.lengths, ranks, parity, budget, limits.log_prob_micro_batch_size_per_gpu)
     with torch.no_grad():
         for batch in _micro_batches(sequences, plan, list(range(sequences.count)), options, ranks):
             log_probs, entropy = model(batch, options.spec.rollout.temperature)
@@ -159,7 +160,8 @@ class Updater:
             self.state.skipped_updates += 1
             return
         lengths = [sequences.lengths[i] for i in computing]
-        plan = _plan(lengths, self.ranks, actor.token_budget, actor.ppo_micro_batch_size_per_gpu)
+        parity = parity_tokens(self.flops)
+        plan = _plan(lengths, self.ranks, parity, actor.token_budget, actor.ppo_micro_batch_size_per_gpu)
         whole, part = (self._normalizer(sequences, some) for some in (members, computing))
         for number, batch in enumerate(_micro_batches(sequences, plan, computing, self.options, self.ranks), 1):
             set_reductions(self.model, self.ranks.mesh, actor.fsdp, last=number == plan.micro_batches)
@@ -176,7 +178,7 @@ class Updater:
         facts["timing_s/trainer_optimizer"].append(time.perf_counter() - computed)
         facts["perf/micro_batches"].append(plan.micro_batches)
         facts["perf/packing_efficiency"].append(packing_efficiency(plan, lengths, actor.token_budget))
-        facts["perf/rank_imbalance"].append(rank_imbalance(plan, lengths))
+        facts["perf/rank_imbalance"].append(rank_imbalance(plan, lengths, parity))
 
     def _trained(self, sequences: Sequences) -> np.ndarray:
         """Which sequences have to be computed, bool [sequences]: not those whose every term of the loss has no gradient.
@@ -318,9 +320,9 @@ def _micro_batches(
         yield collate(sequences, [members[i] for i in indices], options.spec.model.use_remove_padding, ranks.device)
 
 
-def _plan(lengths: list[int], ranks: Ranks, max_tokens: int, sequences: int | None) -> PackingPlan:
+def _plan(lengths: list[int], ranks: Ranks, parity: float, max_tokens: int, sequences: int | None) -> PackingPlan:
     """Micro-batches of `sequences` when that is given, else of up to `max_tokens`."""
-    return plan_micro_batches(lengths, ranks.world_size, None if sequences else max_tokens, sequences)
+    return plan_micro_batches(lengths, ranks.world_size, None if sequences else max_tokens, sequences, parity)
 
 
 def _metric_name(name: str) -> str:
