@@ -75,9 +75,7 @@ def packing_efficiency(plan: PackingPlan, lengths: Sequence[int], max_tokens: in
     return tokens / slots if slots else 1.0
 
 
-def rank_imbalance(
-    plan: PackingPlan, lengths: Sequence[int], parity_tokens: float = ATTENTION_PARITY_TOKENS
-) -> float:
+def rank_imbalance(plan: PackingPlan, lengths: Sequence[int], parity_tokens: float = ATTENTION_PARITY_TOKENS) -> float:
     """Cost of the busiest rank over the mean, 1.0 is perfect."""
     loads = [sum(cost(lengths[i], parity_tokens) for members in rank for i in members) for rank in plan.ranks]
     return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
