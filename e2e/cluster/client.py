@@ -5,7 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from .host import run
+from .host import run, wait_until
 
 CALL_SECONDS = 60
 
@@ -28,6 +28,15 @@ class Client:
         """What helm printed; raises ClusterError with its words when it fails."""
         command = [self.binaries / "helm", "--kubeconfig", self.kubeconfig, *arguments]
         return run(command, timeout_seconds=timeout_seconds).stdout
+
+    def wait_for_crd(self, name: str, timeout_seconds: float = 30) -> None:
+        """Until the API server serves the kind. (`kubectl wait` fails on a definition that has no conditions yet.)"""
+
+        def established() -> bool:
+            conditions = self.get("crd", name).get("status", {}).get("conditions") or []
+            return any(condition["type"] == "Established" and condition["status"] == "True" for condition in conditions)
+
+        wait_until(established, f"crd/{name} to be established", timeout_seconds=timeout_seconds)
 
     def get(self, *arguments: str) -> Any:
         """`kubectl get ... -o json`, parsed."""

@@ -134,7 +134,7 @@ def test_install_upgrade_uninstall_and_install_again(control_plane: ControlPlane
     assert f"helm test grpo-operator --namespace {namespace}" in notes
     assert "watches all namespaces" in notes
     key = token_key()
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/grpojobs.grpo.dev", "--timeout=30s")
+    control_plane.wait_for_crd("grpojobs.grpo.dev")
 
     assert _may(control_plane, namespace, "anywhere", "list", "pods")
     assert _may(control_plane, namespace, "anywhere", "patch", "secrets")

@@ -47,7 +47,7 @@ PLURAL = "grpojobs.grpo.dev"
 @pytest.fixture(scope="session", autouse=True)
 def _definition(control_plane: ControlPlane) -> None:
     control_plane.apply(crd_yaml())
-    control_plane.kubectl("wait", "--for=condition=Established", f"crd/{crd()['metadata']['name']}", "--timeout=30s")
+    control_plane.wait_for_crd(crd()["metadata"]["name"])
 
 
 class Grpo:
@@ -326,7 +326,7 @@ def test_an_api_server_that_goes_away_is_waited_for_and_then_given_up(
     monkeypatch.setattr(follow, "OUTAGE_SECONDS", 1.0)
     with ControlPlane(controllers=False) as bare:
         bare.apply(crd_yaml())
-        bare.kubectl("wait", "--for=condition=Established", f"crd/{PLURAL}", "--timeout=30s")
+        bare.wait_for_crd(PLURAL)
         grpo.kubeconfig, grpo.namespace = str(bare.kubeconfig), "default"
         wait = grpo.in_background("submit", grpo.file)
         printed.wait_for(": created")

@@ -67,7 +67,7 @@ class Jobs:
 @pytest.fixture(scope="module")
 def cluster(control_plane: ControlPlane) -> ControlPlane:
     control_plane.apply(CRD)
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/grpojobs.grpo.dev", "--timeout=30s")
+    control_plane.wait_for_crd("grpojobs.grpo.dev")
     return control_plane
 
 
