@@ -18,8 +18,14 @@ from grpo_worker.rollout.server import RolloutServer, listen
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the session's engine does not survive runs after all of its other tests."""
-    items.sort(key=lambda item: item.get_closest_marker("kills_the_engine") is not None)
+    """One process holds one engine at a time: the session's comes after the tests that make their own, and what it does not survive
+    comes last."""
+
+    def turn(item: pytest.Item) -> int:
+        shares = "replica" in getattr(item, "fixturenames", ())
+        return shares + (item.get_closest_marker("kills_the_engine") is not None)
+
+    items.sort(key=turn)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ from grpo_worker.errors import ConfigError, DeviceError, MemoryFullError
 from grpo_worker.protocol.messages import HeartbeatReply, VersionSpan
 from grpo_worker.rollout.heartbeat import unready_reason
 from grpo_worker.rollout.options import engine_environment, startup_error
-from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack, version_of_tag
+from grpo_worker.rollout.versions import VersionTrack
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,6 @@ def test_spans_cover_a_response_without_gap(
     assert VersionTrack(changes).spans(tokens) == [VersionSpan(*span) for span in spans]
 
 
-def test_version_labels_of_the_engine_are_numbers() -> None:
-    assert (version_of_tag("17"), version_of_tag("default")) == (17, INITIAL_VERSION)
-
-
 OPTIONS = engine_options("m", 4096)
 KV_CACHE = (
     "Traceback ...\nValueError: To serve at least one request with the model's max seq len (4096), (2.0 GiB KV cache is needed, which "
@@ -109,12 +105,9 @@ def test_a_failed_start_says_what_vllm_said_and_what_to_change(
         assert part in str(error)
 
 
-def test_the_worker_shares_the_engines_process_only_on_cpu_without_tensor_parallelism() -> None:
-    def variables(size: int, on_gpu: bool) -> dict[str, str]:
-        options = engine_options("m", 1, tensor_parallel_size=size, cpu_kv_cache_gib=3)
-        return engine_environment(options, on_gpu, Path("log.json"))
-
-    assert variables(1, False)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    assert variables(1, False)["VLLM_CPU_KVCACHE_SPACE"] == "3"
-    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in variables(2, False)
-    assert "VLLM_CPU_KVCACHE_SPACE" not in variables(1, True)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_engine_is_stepped_in_our_process_and_its_workers_are_spawned(on_gpu: bool) -> None:
+    variables = engine_environment(engine_options("m", 1, cpu_kv_cache_gib=3), on_gpu, Path("log.json"))
+    assert variables["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert variables["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert variables.get("VLLM_CPU_KVCACHE_SPACE") == (None if on_gpu else "3")

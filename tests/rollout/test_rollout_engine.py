@@ -1,7 +1,6 @@
 """Against a real vLLM engine: what it samples is what the trainer's model says, before and after each weight sync."""
 
 import asyncio
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from replica_helpers import CONTEXT, Replica, Trainer, engine_options, request_o
 from grpo_worker.protocol.messages import ApplyWeightsReply, GenerateRequest, GroupResult, VersionSpan
 from grpo_worker.rollout.engine import RolloutEngine
 from grpo_worker.rollout.generation import generate as stream
-from grpo_worker.rollout.versions import VersionTrack
 
 PROMPTS = {"a": [2, 3, 4], "b": [9, 8, 7, 6, 5], "c": [40] * 40}
 
@@ -182,23 +180,17 @@ def test_a_swap_under_running_requests_splits_their_spans_where_the_weights_chan
         generation = asyncio.create_task(replica.generate_async(long, results))
         await until(lambda: generation.done() or replica.engine.stats()["running"] >= 8, "8 sequences run")
         assert not generation.done()
-        tracks = dict(replica.engine._tracks)
         status, _ = await asyncio.to_thread(replica.apply, source)
         assert status == 200
         await generation
-        noted.update(tracks)
         return results
 
-    noted: dict[str, VersionTrack] = {}
     results = replica.loop.run(swap_while_running())
     spans = [sample.versions for group in results.values() for sample in group.samples]
-    ours = [track.spans(240) for track in noted.values()]
     assert len(spans) == 8
     for versions in spans:
         assert [span.version for span in versions] == [20, 21]
         assert (versions[0].start, versions[0].end, versions[1].end) == (0, versions[1].start, 240)
-    # What we note for vLLM versions without spans is what this one reports.
-    assert Counter(map(tuple, spans)) == Counter(map(tuple, ours))
     for name, group in results.items():
         prompt = [3, 4, int(name[1:]) + 2]
         for sample in group.samples:

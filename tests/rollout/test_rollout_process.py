@@ -1,6 +1,8 @@
 """The whole process: it registers, serves, and ends with the code and the reason of what ended it."""
 
 import asyncio
+import glob
+import itertools
 import json
 import os
 import signal
@@ -60,7 +62,7 @@ class Coordinator:
 
 
 def start(
-    tmp_path: Path, model: Path, coordinator_port: int, *, port: int = 0, context: int = 256
+    tmp_path: Path, model: Path, coordinator_port: int, *, port: int = 0, context: int = 256, workers: int = 1
 ) -> subprocess.Popen[bytes]:
     document = {
         "apiVersion": "grpo.dev/v1alpha1",
@@ -69,6 +71,7 @@ def start(
         "spec": {
             "model": {"path": str(model)},
             "data": {"trainFiles": ["t"], "maxPromptLength": context // 2, "maxResponseLength": context // 2},
+            "rollout": {"tensorParallelSize": workers},
             "network": {"heartbeatSeconds": 0.1, "rolloutPort": port},
         },
     }
@@ -90,12 +93,21 @@ def last_word(tmp_path: Path, process: "subprocess.Popen[bytes]", seconds: float
     return process.returncode, json.loads((tmp_path / "termination").read_text())
 
 
+def workers_of(process: int) -> list[int]:
+    """The processes of tensor parallelism."""
+    children = [Path(path).read_text().split() for path in glob.glob(f"/proc/{process}/task/*/children")]
+    names = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in itertools.chain(*children)}
+    found = [child for child, name in names.items() if b"resource_tracker" not in name]
+    assert len(found) == 2
+    return found
+
+
 def test_a_replica_lives_from_starting_to_its_engines_death(
     tmp_path: Path, model_directory: Path, trainer: Trainer
 ) -> None:
     loop = Loop()
     with closing(Coordinator(loop)) as coordinator:
-        process = start(tmp_path, model_directory, coordinator.port)
+        process = start(tmp_path, model_directory, coordinator.port, workers=2)
         try:
             first = coordinator.wait(lambda beat: beat.state == "starting", process)
             replica = Replica(loop, None, first.url)  # type: ignore[arg-type]
@@ -123,8 +135,8 @@ def test_a_replica_lives_from_starting_to_its_engines_death(
             assert replica.apply(source)[0] == 200
             coordinator.wait(lambda beat: beat.weight_version == 100, process)
 
-            (engine_process,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1:]
-            os.kill(int(engine_process), signal.SIGKILL)
+            for worker in workers_of(process.pid)[:1]:
+                os.kill(worker, signal.SIGKILL)
             code, word = last_word(tmp_path, process)
             assert code == 85
             assert word["reason"] == "EngineDead"

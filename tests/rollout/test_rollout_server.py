@@ -1,15 +1,14 @@
 """Each answer of the replica's HTTP interface, from a real engine."""
 
 import asyncio
-import multiprocessing
-import os
-import signal
+import threading
 import time
 
 import msgspec
 import pytest
+import torch
 from replica_helpers import CONTEXT, VOCABULARY, Replica, Trainer, client, request_of, until, weights
-from test_rollout_engine import sync
+from test_rollout_engine import assert_serves, sync
 
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import Array, ErrorReply, GenerateRequest, GroupResult, PromptRequest
@@ -130,7 +129,7 @@ def test_a_deadline_answers_for_every_prompt_and_frees_the_engine(replica: Repli
 async def idle(replica: Replica) -> None:
     """Wait until nothing runs or waits in the engine."""
     engine = replica.engine
-    await until(lambda: not (engine._llm.output_processor.has_unfinished_requests() or engine._tracks), "it is idle")
+    await until(lambda: not (engine._llm.has_unfinished_requests() or engine._requests), "it is idle")
 
 
 def test_a_client_that_goes_away_takes_its_requests_out_of_the_engine(replica: Replica) -> None:
@@ -138,38 +137,41 @@ def test_a_client_that_goes_away_takes_its_requests_out_of_the_engine(replica: R
 
     async def leave() -> None:
         async with client() as session, session.post(f"{replica.url}/v1/generate", data=codec.encode(request)):
-            await until(lambda: len(replica.engine._tracks) >= 64, "all 64 samples are admitted")
+            await until(lambda: len(replica.engine._requests) >= 64, "all 64 samples are admitted")
         await idle(replica)
 
     replica.loop.run(leave())
 
 
-@pytest.mark.parametrize("call", ["pause_generation", "resume_generation"])
-def test_a_client_that_goes_away_while_its_batch_is_admitted_leaves_a_running_engine(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch, call: str
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_client_that_goes_away_while_its_prompts_are_admitted_leaves_an_idle_engine(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, atomic: bool, begun: bool
 ) -> None:
-    """An atomic request freezes the engine while its prompts go in; here its client leaves in the middle of that."""
-    entered = asyncio.Event()
-    whole = getattr(replica.engine._llm, call)
+    """It leaves before its prompts have their turn, or after the first of them is in."""
+    llm = replica.engine._llm
+    whole, entered, gone = llm.add_request, threading.Event(), threading.Event()
 
-    async def slow(**arguments: object) -> None:
-        if call == "pause_generation":
-            await whole(**arguments)
+    def slow(*arguments: object, **keywords: object) -> object:
+        added = whole(*arguments, **keywords)
         entered.set()
-        await asyncio.sleep(0.2)
-        if call == "resume_generation":
-            await whole(**arguments)
+        assert gone.wait(20)
+        return added
 
     async def leave() -> None:
-        monkeypatch.setattr(replica.engine._llm, call, slow)
-        request = request_of({f"p{i}": [2, i + 2] for i in range(4)}, atomic=True)
+        if begun:
+            monkeypatch.setattr(llm, "add_request", slow)
+        else:
+            replica.engine._thread.submit(lambda: (entered.set(), gone.wait(20)))
+        request = request_of({f"p{i}": [2, i + 2] for i in range(4)}, max_tokens=240, atomic=atomic)
         asking = asyncio.create_task(replica.generate_async(request, {}))
-        await asyncio.wait_for(entered.wait(), 20)
+        await asyncio.to_thread(entered.wait, 20)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        await asyncio.sleep(0.5)
-        monkeypatch.undo()
+        await asyncio.sleep(0.5)  # the server has seen it go
+        gone.set()
         await idle(replica)
+        monkeypatch.undo()
 
     replica.loop.run(leave())
     answered = replica.generate(request_of({"a": [2, 3]}, deadline_seconds=10.0))
@@ -179,20 +181,47 @@ def test_a_client_that_goes_away_while_its_batch_is_admitted_leaves_a_running_en
 def test_requests_that_meet_a_sync_wait_for_it_within_their_deadline(replica: Replica, trainer: Trainer) -> None:
     sync(replica, trainer, 52, 52)
 
-    async def while_paused() -> tuple[dict[str, GroupResult], dict[str, GroupResult]]:
+    async def while_swapping() -> tuple[dict[str, GroupResult], dict[str, GroupResult]]:
         patient: dict[str, GroupResult] = {}
         hasty: dict[str, GroupResult] = {}
-        await replica.engine.pause()
+        swapped = threading.Event()
+        replica.engine._thread.submit(swapped.wait, 60)  # as a swap does, it holds the engine's thread
         waiting = asyncio.create_task(replica.generate_async(request_of({"a": [2]}, request_id="patient"), patient))
         await replica.generate_async(request_of({"b": [2]}, deadline_seconds=0.2, request_id="hasty"), hasty)
         assert not waiting.done()
-        await replica.engine.resume()
+        swapped.set()
         await waiting
         return patient, hasty
 
-    patient, hasty = replica.loop.run(while_paused())
+    patient, hasty = replica.loop.run(while_swapping())
     assert patient["a"].error is None
     assert hasty["b"].error_kind == "deadline"
+
+
+def test_a_sync_that_outlives_its_request_is_done_before_the_next_one_pulls(replica: Replica, trainer: Trainer) -> None:
+    """The staging memory that it reads is not written meanwhile."""
+    sync(replica, trainer, 54, 54)
+
+    async def late_and_next() -> ErrorReply | None:
+        swap, held = replica.engine._swap, threading.Event()
+
+        def slow(*arguments: object) -> float:
+            assert held.wait(20)
+            return swap(*arguments)  # type: ignore[arg-type]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(replica.engine, "_swap", slow)
+            status, late = await asyncio.to_thread(replica.apply, trainer.publish(55, weights(55)), 1.0)
+            assert (status, late.reason) == (504, "Stalled")
+        following = asyncio.create_task(asyncio.to_thread(replica.apply, trainer.publish(56, weights(56))))
+        await asyncio.sleep(0.5)
+        assert (replica.engine.weight_version, following.done()) == (54, False)
+        held.set()
+        status, _ = await following
+        assert status == 200
+
+    replica.loop.run(late_and_next())
+    assert_serves(replica, 56, 56)
 
 
 def test_metrics_are_vllms_and_ours_in_one_page(replica: Replica, trainer: Trainer) -> None:
@@ -215,13 +244,17 @@ def test_a_dead_engine_is_told_to_all_who_wait_and_all_who_come(replica: Replica
     long = request_of({f"p{i}": [2, i + 2] for i in range(32)}, n=2, temperature=1.0, max_tokens=240)
     source = trainer.publish(60, weights(60))
 
+    def break_down(model: torch.nn.Module) -> None:
+        def forward(*_: object, **__: object) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+        model.forward = forward  # type: ignore[method-assign]
+
     async def kill_while_running() -> dict[str, GroupResult]:
         results: dict[str, GroupResult] = {}
         generation = asyncio.create_task(replica.generate_async(long, results))
         await until(lambda: replica.engine.stats()["running"] >= 1, "1 sequences run")
-        (process,) = [child for child in multiprocessing.active_children() if "EngineCore" in child.name]
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        await replica.engine._thread.between_steps(replica.engine._llm.apply_model, break_down)
         async with asyncio.timeout(30):
             await generation
         return results
@@ -229,6 +262,7 @@ def test_a_dead_engine_is_told_to_all_who_wait_and_all_who_come(replica: Replica
     results = replica.loop.run(kill_while_running())
     assert results.keys() == {prompt.id for prompt in long.prompts}
     assert {result.error_kind for result in results.values()} == {"engine_dead"}
+    assert all("illegal memory access" in str(result.error) for result in results.values())
     status, reply = ask(replica, GOOD)
     assert (status, reply.reason) == (503, "EngineDead")
     status, failed = replica.apply(source)

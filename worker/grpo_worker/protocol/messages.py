@@ -135,7 +135,7 @@ class StoreSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ApplyWeightsRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Coordinator -> rollout, POST /v1/weights: pause(keep) -> start -> update -> finish(version) -> resume."""
+    """Coordinator -> rollout, POST /v1/weights: pull, then swap between two steps of the engine."""
 
     version: int
     store: StoreSource

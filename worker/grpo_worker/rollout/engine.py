@@ -4,13 +4,12 @@ Invariant: the engine serves exactly the weights whose version and digest its wo
 the old weights serving and generation running; a swap that fails half-way leaves the engine paused and marked as having
 no version, until another swap succeeds.
 
-Run with vLLM 0.32.0 (CPU). Written against the sources of 0.26, 0.28 and 0.33: what differs between them is asked for
-by feature (`weight_versions` on outputs, `finish_weight_update(weight_version)`), never by version number.
+Run with vLLM 0.32.0 (CPU). Written against the sources of 0.26, 0.28 and 0.33: `LLMEngine` and its in-process core, which
+vLLM's own `LLM` runs on.
 """
 
 import asyncio
 import gc
-import inspect
 import itertools
 import json
 import logging
@@ -18,6 +17,8 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,6 +34,7 @@ from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
     ApplyWeightsRequest,
     Array,
+    PromptRequest,
     SampleResult,
     Sampling,
     VersionSpan,
@@ -45,17 +47,19 @@ from grpo_worker.rollout.options import (
     startup_error,
 )
 from grpo_worker.rollout.staging import StagingMemory
-from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack, version_of_tag
+from grpo_worker.rollout.stepping import EngineThread
+from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack
 from grpo_worker.weightsync.client import pull
 from grpo_worker.weightsync.manifest import SnapshotManifest, expected_tensors, verify
 
 log = logging.getLogger(__name__)
 
+SHUTDOWN_SECONDS = 10.0
 STATS = ("running", "waiting", "kv_cache_usage", "generated_tokens_total", "preemptions_total")
 
 
 class EngineDeadError(DeviceError):
-    """The engine's process is gone; this process must be started again."""
+    """A step failed, or a worker process has gone; this process must be started again."""
 
     reason = "EngineDead"
 
@@ -75,22 +79,46 @@ def sample_seed(seed: int, index: int) -> int:
 class RunningPrompt:
     """The samples of one prompt that the engine is working on."""
 
-    def __init__(self, engine: "RolloutEngine", ids: list[str], collectors: list[Any]) -> None:
-        self._engine, self._ids, self._collectors = engine, ids, collectors
+    def __init__(self, samples: int) -> None:
+        self.unfinished: dict[str, int] = {}  # the engine's name of a request: index of its sample
+        self._samples: list[tuple[Any, list[VersionSpan]] | None] = [None] * samples
+        self._done: Future[list[Any]] = Future()
+        self._done.set_running_or_notify_cancel()  # who stops waiting does not stop the others
 
     async def results(self) -> list[SampleResult]:
-        """Wait for all samples. Raises EngineDeadError, or what vLLM says about this request."""
-        return [
-            await self._engine._collect(name, queue) for name, queue in zip(self._ids, self._collectors, strict=True)
-        ]
+        """Wait for all samples. Raises EngineDeadError."""
+        return [_sample_result(output, spans) for output, spans in await asyncio.wrap_future(self._done)]
 
-    async def abort(self) -> None:
-        """Take what is unfinished out of the engine."""
-        await self._engine._abort(self._ids)
+    def finished(self, name: str, output: Any, spans: list[VersionSpan]) -> None:
+        self._samples[self.unfinished.pop(name)] = (output, spans)
+        if not self.unfinished:
+            self._done.set_result(self._samples)
+
+    def failed(self, error: GRPOError) -> None:
+        self.unfinished.clear()
+        self._done.set_exception(error)
+
+
+@dataclass
+class Request:
+    """One sample, as the engine knows it."""
+
+    prompt: RunningPrompt
+    track: VersionTrack
+
+
+def _sample_result(output: Any, spans: list[VersionSpan]) -> SampleResult:
+    finish = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+    return SampleResult(
+        token_ids=Array.of(output.token_ids, "int32"),
+        log_probs=Array.of(output.logprobs.logprobs, "float32"),
+        finish_reason=cast(Literal["stop", "length", "abort"], finish),
+        versions=spans,
+    )
 
 
 class RolloutEngine:
-    """One `AsyncLLM` and its weights."""
+    """One vLLM engine and its weights."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
@@ -99,14 +127,15 @@ class RolloutEngine:
         self.weight_version: int | None = None  # None: never synced, or a swap failed half-way
         self.weight_digest: str | None = None
         self.broken: str = ""  # why the weights cannot be used, after a swap that failed half-way
-        self._llm: Any = None
+        self._thread = EngineThread(self._take, self._fail_all)
         self._staging = StagingMemory()
         self._apply_lock = asyncio.Lock()
+        # What follows belongs to the engine's thread.
         self._serials = itertools.count()
-        self._tracks: dict[str, VersionTrack] = {}
+        self._requests: dict[str, Request] = {}
         self._stats = dict.fromkeys(STATS, 0.0)
         self._served_version = INITIAL_VERSION
-        self._cache_salt = "0"  # requests share cached prefixes with those that were admitted since the same swap alone
+        self._cache_salt = 0  # requests share cached prefixes with those that were admitted since the same swap alone
 
     async def start(self) -> None:
         """Load the model. Minutes for a large one; the event loop stays free.
@@ -117,14 +146,13 @@ class RolloutEngine:
             DeviceError: CUDA or NCCL failed.
         """
         started = time.monotonic()
-        directory = await in_daemon_thread(self._load)
+        directory = await self._thread.between_steps(self._load)
         config = self._llm.model_config
         self.vocab_size: int = config.get_vocab_size()
         self.max_model_len: int = config.max_model_len
         dtype = str(config.dtype).removeprefix("torch.")
         self._dtypes = frozenset({dtype, "float32"})  # the engine casts float32 as its own loader would
         await self._warm_up()
-        self._labels_weights = "weight_version" in inspect.signature(self._llm.finish_weight_update).parameters
         log.info(
             "engine is up after %.1f s: %s, %s, context %d tokens",
             time.monotonic() - started,
@@ -134,7 +162,7 @@ class RolloutEngine:
         )
 
     def _load(self) -> Path:
-        """Runs in a thread. Returns the model's directory."""
+        """Returns the model's directory."""
         directory = resolve_model(self.options.model.path, self.options.model.revision)
         self._expected, self._optional = expected_tensors(directory)
         with tempfile.TemporaryDirectory(prefix="grpo-rollout-") as folder:
@@ -142,8 +170,8 @@ class RolloutEngine:
             log_config.write_text(json.dumps(log_configuration(log_file)))
             os.environ.update(engine_environment(self.options, self.on_gpu, log_config))
             try:
-                self._llm = self._create(directory)
-            except Exception as error:  # vLLM raises anything; the cause is in its workers' log
+                self._thread.create(lambda: self._create(directory))
+            except Exception as error:  # vLLM raises anything; the cause may be in its workers' log
                 text = log_file.read_text() if log_file.exists() else ""
                 raise startup_error(error, text, self.options, self.on_gpu) from error
             finally:
@@ -153,17 +181,19 @@ class RolloutEngine:
     async def _warm_up(self) -> None:
         """vLLM sets up the last things at the first token (seconds on CPU): no request's deadline shall pay for
         that."""
-        group = await self.admit(
-            "warm-up", [0], Sampling(n=1, max_tokens=2, temperature=1.0, top_p=1.0, top_k=-1), seed=0
-        )
-        await group.results()
+        prompt = PromptRequest(id="warm-up", token_ids=Array.of([0], "int32"), seed=0)
+        sampling = Sampling(n=1, max_tokens=2, temperature=1.0, top_p=1.0, top_k=-1)
+        running, refused = await self.admit("start", [prompt], sampling)
+        for error in refused.values():
+            raise error
+        await running[prompt.id].results()
 
     def _create(self, directory: Path) -> Any:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
 
         arguments = engine_arguments(self.options, directory, self.on_gpu)
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._stat_logger])
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), stat_loggers=[self._stat_logger])
 
     def _stat_logger(self, *_: Any) -> Any:
         """For `stats`, beside vLLM's own gauges: those belong to the process, whose next engine takes them away."""
@@ -194,43 +224,64 @@ class RolloutEngine:
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
-    async def admit(self, name: str, prompt: Sequence[int], sampling: Sampling, seed: int | None) -> RunningPrompt:
-        """Hand the samples of one prompt to the engine, in order. The caller has checked the prompt (vLLM does not: it
-        has no tokenizer here) and holds the gate.
+    async def admit(
+        self, name: str, prompts: Sequence[PromptRequest], sampling: Sampling
+    ) -> tuple[dict[str, RunningPrompt], dict[str, Exception]]:
+        """Hand prompts to the engine at one moment: its next step sees all of their samples, in order. The caller has checked the
+        prompts (vLLM does not: it has no tokenizer here) and holds the gate. When it is cancelled meanwhile, nothing stays in the engine.
 
         Args:
             name: for logs.
-            prompt: token ids.
+
+        Returns:
+            By prompt id: those that run, and vLLM's errors of those that it refused.
+
+        Raises:
+            EngineDeadError.
         """
-        ids: list[str] = []
-        collectors: list[Any] = []
+        admission = self._thread.submit(self._admit, name, prompts, sampling)
         try:
-            serial = next(self._serials)  # a repeated request may meet its predecessor
-            for index in range(sampling.n):
-                identifier = f"{name}#{index}.{serial}"
-                parameters = self._parameters(sampling, None if seed is None else sample_seed(seed, index))
-                ids.append(identifier)
-                self._tracks[identifier] = VersionTrack([(self._served_version, 0)])
-                collectors.append(
-                    await self._llm.add_request(
-                        identifier, {"prompt_token_ids": list(prompt), "cache_salt": self._cache_salt}, parameters
-                    )
-                )
-        except BaseException as error:
-            await self._abort(ids)
-            if self.dead:
-                raise self._dead_error() from error
+            return await asyncio.wrap_future(admission)
+        except asyncio.CancelledError:
+            if not admission.cancelled():  # it has begun; behind it the prompts are known
+                self._thread.submit(lambda: self._abort(list(admission.result()[0].values())))
             raise
-        return RunningPrompt(self, ids, collectors)
 
-    async def pause(self) -> None:
-        """Freeze generation and forget cached prefixes. Requests that come now wait in order."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+    def _admit(
+        self, name: str, prompts: Sequence[PromptRequest], sampling: Sampling
+    ) -> tuple[dict[str, RunningPrompt], dict[str, Exception]]:
+        self.check_health()
+        running: dict[str, RunningPrompt] = {}
+        refused: dict[str, Exception] = {}
+        for prompt in prompts:
+            inputs = {"prompt_token_ids": numpy_tokens(prompt.token_ids).tolist(), "cache_salt": str(self._cache_salt)}
+            group = RunningPrompt(sampling.n)
+            serial = next(self._serials)  # a repeated request may meet its predecessor
+            try:
+                for index in range(sampling.n):
+                    seed = None if prompt.seed is None else sample_seed(prompt.seed, index)
+                    identifier = f"{name}/{prompt.id}#{index}.{serial}"
+                    self._llm.add_request(identifier, inputs, self._parameters(sampling, seed))
+                    group.unfinished[identifier] = index
+                    self._requests[identifier] = Request(group, VersionTrack([(self._served_version, 0)]))
+                running[prompt.id] = group
+            except Exception as error:
+                self._abort([group])
+                refused[prompt.id] = error
+        return running, refused
 
-    async def resume(self) -> None:
-        """Go on, unless a swap failed half-way: then only a swap that succeeds makes the engine run."""
-        if not self.broken:
-            await self._llm.resume_generation()
+    def abort(self, prompts: Sequence[RunningPrompt]) -> None:
+        """Take what is unfinished out of the engine, before whatever is asked of it later."""
+        self._thread.submit(self._abort, list(prompts))
+
+    def _abort(self, prompts: list[RunningPrompt]) -> None:
+        names = [name for prompt in prompts for name in prompt.unfinished]
+        for name in names:
+            del self._requests[name]
+        for prompt in prompts:
+            prompt.unfinished.clear()
+        if names and not self.dead:
+            self._llm.abort_request(names)
 
     def _parameters(self, sampling: Sampling, seed: int | None) -> Any:
         from vllm import SamplingParams
@@ -242,35 +293,22 @@ class RolloutEngine:
             logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
-    async def _collect(self, name: str, collector: Any) -> SampleResult:
-        try:
-            output = (await collector.get()).outputs[0]
-        except Exception as error:
-            if self.dead:
-                raise self._dead_error() from error
-            raise
-        tokens, log_probs = Array.of(output.token_ids, "int32"), Array.of(output.logprobs.logprobs, "float32")
-        track = self._tracks.pop(name)
-        spans = track.spans(len(output.token_ids))
-        if (labelled := getattr(output, "weight_versions", None)) is not None:
-            spans = [VersionSpan(version_of_tag(span.version), span.start, span.end) for span in labelled]
-        finish = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
-        return SampleResult(
-            token_ids=tokens,
-            log_probs=log_probs,
-            finish_reason=cast(Literal["stop", "length", "abort"], finish),
-            versions=spans,
-        )
+    def _take(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            if output.finished and (request := self._requests.pop(output.request_id, None)) is not None:
+                sample = output.outputs[0]
+                request.prompt.finished(output.request_id, sample, request.track.spans(len(sample.token_ids)))
 
-    async def _abort(self, ids: list[str]) -> None:
-        running = [name for name in ids if self._tracks.pop(name, None) is not None]
-        if running and not self.dead:
-            await self._llm.abort(running)
+    def _fail_all(self) -> None:
+        prompts = {id(request.prompt): request.prompt for request in self._requests.values()}
+        self._requests.clear()
+        for prompt in prompts.values():
+            prompt.failed(self._dead_error())
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
     async def apply_weights(self, request: ApplyWeightsRequest) -> ApplyWeightsReply:
-        """Pull a version beside running generation, then swap it in: pause(keep), start, update, finish, resume.
+        """Pull a version beside running generation, then swap it in between two steps.
 
         Raises:
             PeerLostError, WeightsDamagedError, VersionNotHeldError, ConfigError: the pull failed; the old weights
@@ -289,16 +327,18 @@ class RolloutEngine:
                 f"weights of version {request.version}: another sync held the engine for {request.timeout_seconds} s"
             ) from error
         try:
+            # A swap that outlived its request still reads the staging memory.
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._thread.between_steps(self.check_health)
             manifest = await in_daemon_thread(self._pull, request, deadline)
             pulled = time.perf_counter()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()), self.gate.shared(pass_waiting=True):
-                    paused = time.perf_counter()
-                    apply_seconds = await self._swap(request, manifest)
-            except TimeoutError as error:
-                raise StalledError(
-                    f"weights of version {request.version} were not swapped in within {request.timeout_seconds} s: {self.broken or 'engine was busy'}"
-                ) from error
+            async with asyncio.timeout(deadline - time.monotonic()), self.gate.shared(pass_waiting=True):
+                paused = time.perf_counter()
+                apply_seconds = await self._thread.between_steps(self._swap, request, manifest)
+        except TimeoutError as error:
+            raise StalledError(
+                f"weights of version {request.version} were not swapped in within {request.timeout_seconds} s: {self.broken or 'engine was busy'}"
+            ) from error
         finally:
             self._apply_lock.release()
         ended = time.perf_counter()
@@ -315,66 +355,68 @@ class RolloutEngine:
             check=lambda manifest: verify(manifest, self._expected, optional=self._optional, dtypes=self._dtypes),
         )  # fmt: skip
 
-    async def _swap(self, request: ApplyWeightsRequest, manifest: SnapshotManifest) -> float:
-        """Seconds that the workers needed to load the staged weights."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
+    def _swap(self, request: ApplyWeightsRequest, manifest: SnapshotManifest) -> float:
+        """Between two steps. Seconds that the workers needed to load the staged weights."""
+        self.check_health()
+        core = self._llm.engine_core.engine_core
+        core.pause_scheduler("keep", clear_cache=False)
         try:
-            await self._llm.pause_generation(mode="keep", clear_cache=request.clear_cache)
-            self._cache_salt = str(
-                int(self._cache_salt) + 1
-            )  # here: what is admitted from now on runs with the new weights
+            self._thread.drain()  # batches under way were begun with the old weights
+            self.check_health()
+            if request.clear_cache and not self._llm.reset_prefix_cache(reset_running_requests=True):
+                raise WeightsNotAppliedError("vLLM could not free the caches of the old weights")
+            self._cache_salt += 1  # what is admitted from now on runs with the new weights
             if self.broken:
-                await self._end_stale_session()
+                self._end_stale_session()
             began = time.perf_counter()
-            await self._llm.start_weight_update()
+            self._llm.collective_rpc("start_weight_update")
             update = {"path": self._staging.path, "manifest": msgspec.msgpack.encode(manifest)}
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
-            label = {"weight_version": str(manifest.version)} if self._labels_weights else {}
-            await self._llm.finish_weight_update(**label)
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": update})
+            self._llm.collective_rpc("finish_weight_update")
             apply_seconds = time.perf_counter() - began
-            applied = [tuple(state or ()) for state in await self._llm.collective_rpc("grpo_applied_weights")]
+            applied = [tuple(state or ()) for state in self._llm.collective_rpc("grpo_applied_weights")]
             if set(applied) != {(request.version, request.store.digest)}:
                 raise WeightsNotAppliedError(
                     f"workers report {applied} instead of ({request.version}, {request.store.digest})"
                 )
-        except BaseException as error:
+        except Exception as error:
             self.weight_version = self.weight_digest = None
             self.broken = f"the swap to version {manifest.version} failed: {type(error).__name__}: {error}"
-            if self.dead:
-                raise self._dead_error() from error
-            if not isinstance(error, Exception):
-                raise
+            self.check_health()
             raise WeightsNotAppliedError(
                 f"{self.broken}. The engine is paused until a sync succeeds; start the replica again if it does not."
             ) from error
         self._note_swap(manifest.version)
         self.weight_version, self.weight_digest, self.broken = manifest.version, request.store.digest, ""
-        await self._llm.resume_generation()
+        core.resume_scheduler()
         return apply_seconds
 
-    async def _end_stale_session(self) -> None:
+    def _end_stale_session(self) -> None:
         """A swap that was cut off between start and finish leaves vLLM's session open, and then every start is
         refused."""
         try:
-            await self._llm.finish_weight_update()
+            self._llm.collective_rpc("finish_weight_update")
         except Exception as error:
             log.info("no weight update was open: %s", error)
 
     def _note_swap(self, version: int) -> None:
-        """Generation stands still: what each request has now was made by the old weights."""
+        """What each request has now was made by the old weights."""
         self._served_version = version
-        for state in list(self._llm.output_processor.request_states.values()):
-            if (track := self._tracks.get(state.external_req_id)) is not None:
-                track.swapped(version, state.detokenizer.num_output_tokens())
+        for state in self._llm.output_processor.request_states.values():
+            if (request := self._requests.get(state.external_req_id)) is not None:
+                request.track.swapped(version, state.detokenizer.num_output_tokens())
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     @property
-    def dead(self) -> bool:
-        return self._llm is not None and bool(self._llm.errored)
+    def _llm(self) -> Any:
+        return self._thread.engine
 
-    async def check_health(self) -> None:
+    @property
+    def dead(self) -> bool:
+        return self._thread.error is not None
+
+    def check_health(self) -> None:
         """Raises EngineDeadError."""
         if self._llm is None or self.dead:
             raise self._dead_error()
@@ -388,16 +430,14 @@ class RolloutEngine:
         return dict(self._stats)
 
     def shutdown(self) -> None:
-        """End the engine's processes."""
-        if self._llm is not None:
-            self._llm.shutdown()
-            self._llm = None
-            gc.collect()  # its finalizer shuts down once more, and fails when it runs after its modules are gone
+        """End the engine and its processes."""
+        self._thread.end(SHUTDOWN_SECONDS)
+        gc.collect()  # vLLM's finalizers fail when they run after their modules are gone
         self._staging.close()
 
     def _dead_error(self) -> GRPOError:
         return EngineDeadError(
-            "rollout: the engine's process has ended; its log above says why. The replica must be started again."
+            f"rollout: the engine has failed ({self._thread.error}); the log above says where. The replica must be started again."
         )
 
 

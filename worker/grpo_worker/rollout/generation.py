@@ -58,18 +58,21 @@ async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncGene
         try:
             async with asyncio.timeout_at(deadline):
                 await stack.enter_async_context(engine.gate.exclusive() if request.atomic else engine.gate.shared())
-                stack.push_async_callback(_drop, groups, tasks)  # before the gate opens for others
-                failed = await _admit(engine, request, accepted, groups)
+                stack.callback(_drop, engine, groups, tasks)  # before the gate opens for others
+                running, failed = await engine.admit(request.request_id, accepted, request.sampling)
+                groups.update(running)
         except TimeoutError:
             log.warning(
                 "request %s: its deadline of %s s passed before the engine took it",
                 request.request_id,
                 request.deadline_seconds,
             )
-            failed = []
-        for result in failed:
-            waiting.discard(result.id)
-            yield result
+            failed = {}
+        except EngineDeadError as error:
+            failed = {prompt.id: error for prompt in accepted}
+        for name, why in failed.items():
+            waiting.discard(name)
+            yield _failure(name, why)
         tasks.update({asyncio.create_task(group.results()): name for name, group in groups.items()})
         while tasks:
             done, _ = await asyncio.wait(
@@ -81,6 +84,7 @@ async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncGene
                 name = tasks.pop(task)
                 result = _result(name, task)
                 waiting.discard(name)
+                del groups[name]
                 generated_tokens += sum(len(sample.token_ids.numpy()) for sample in result.samples)
                 yield result
     for prompt in accepted:
@@ -88,28 +92,6 @@ async def generate(engine: RolloutEngine, request: GenerateRequest) -> AsyncGene
             message = f"prompt '{prompt.id}' was not finished within {request.deadline_seconds} s"
             yield GroupResult(id=prompt.id, samples=[], error=message, error_kind="deadline")
     yield GenerateEnd(request_id=request.request_id, seconds=loop.time() - started, generated_tokens=generated_tokens)
-
-
-async def _admit(
-    engine: RolloutEngine, request: GenerateRequest, prompts: list[PromptRequest], groups: dict[str, RunningPrompt]
-) -> list[GroupResult]:
-    """Fill `groups`; returns the prompts that vLLM refused."""
-    failed = []
-    try:
-        if request.atomic:
-            await engine.pause()
-        for prompt in prompts:
-            tokens = numpy_tokens(prompt.token_ids).tolist()
-            try:
-                groups[prompt.id] = await engine.admit(
-                    f"{request.request_id}/{prompt.id}", tokens, request.sampling, prompt.seed
-                )
-            except (ValueError, RuntimeError, EngineDeadError) as error:
-                failed.append(_failure(prompt.id, error))
-    finally:
-        if request.atomic:
-            await asyncio.shield(engine.resume())  # whoever has gone meanwhile: others wait for the engine
-    return failed
 
 
 def _result(name: str, task: "asyncio.Task[list[SampleResult]]") -> GroupResult:
@@ -129,11 +111,12 @@ def _failure(name: str, error: Exception) -> GroupResult:
     )
 
 
-async def _drop(groups: dict[str, RunningPrompt], tasks: "dict[asyncio.Task[list[SampleResult]], str]") -> None:
-    """Cancel and abort what has not finished (finished groups have nothing left to abort)."""
+def _drop(
+    engine: RolloutEngine, groups: dict[str, RunningPrompt], tasks: "dict[asyncio.Task[list[SampleResult]], str]"
+) -> None:
+    """Cancel and abort what has not finished."""
     for task in tasks:
         task.cancel()
-    aborts = [group.abort() for group in groups.values()]
+    engine.abort(list(groups.values()))
     tasks.clear()
     groups.clear()
-    await asyncio.shield(asyncio.gather(*aborts))

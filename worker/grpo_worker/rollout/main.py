@@ -79,7 +79,7 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
             await asyncio.sleep(WATCH_SECONDS)
             if engine.dead:
                 membership.state = "failed"
-                await engine.check_health()
+                engine.check_health()
 
     try:
         await first_to_end(start_and_watch(), membership.run(), stop.wait())

@@ -92,15 +92,12 @@ def engine_environment(options: EngineOptions, on_gpu: bool, log_config: Path) -
         "VLLM_LOGGING_CONFIG_PATH": str(log_config),  # its own default would put handlers and colours on our stderr
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is on disk by now
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is stepped here; only workers of tensor parallelism are processes
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # neither CUDA nor our threads survive a fork
     }
-    if on_gpu:
-        variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA does not survive a fork, and we have looked at it
-    else:
+    if not on_gpu:
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(options.rollout.cpu_kv_cache_gib)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer may share these cores; OMP_NUM_THREADS decides
-        if options.rollout.tensor_parallel_size == 1:
-            # The worker lives in the engine's process: one start-up of imports less.
-            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return variables
 
 

@@ -1,6 +1,6 @@
-"""The engine's processes do not outlive the server.
+"""The engine's worker processes do not outlive the server.
 
-Invariant: when the process that started this one is gone, however it went, this one ends at once. vLLM's engine process
+Invariant: when the process that started this one is gone, however it went, this one ends at once. A worker of tensor parallelism
 would go on, and hold its memory and its GPU.
 """
 

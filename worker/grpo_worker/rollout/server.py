@@ -115,7 +115,7 @@ class RolloutServer:
         if not self.started:
             raise refused(503, "Starting", "the engine is loading the model; try again when /readyz says so")
         if self._engine.dead:
-            await self._engine.check_health()
+            self._engine.check_health()
         return message
 
 

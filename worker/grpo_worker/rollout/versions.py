@@ -1,7 +1,7 @@
 """Which weights made which token.
 
-Invariant: the spans of a response cover [0, tokens) without gap or overlap, in order. vLLM 0.32 and later report them;
-for older ones we note, while generation stands still for a swap, how many tokens each running request has.
+Invariant: the spans of a response cover [0, tokens) without gap or overlap, in order. At a swap, between two steps, each running
+request's number of tokens is noted (vLLM itself labels tokens from 0.32 on only).
 """
 
 from dataclasses import dataclass, field
@@ -27,8 +27,3 @@ class VersionTrack:
             for (version, start), end in zip(self.changes, starts[1:], strict=True)
             if start < min(end, tokens)
         ]
-
-
-def version_of_tag(tag: str) -> int:
-    """vLLM labels weights with strings; ours are decimal versions, and its own label is what it started with."""
-    return int(tag) if tag.lstrip("-").isdigit() else INITIAL_VERSION
