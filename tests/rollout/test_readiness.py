@@ -9,7 +9,7 @@ from grpo_worker.errors import ConfigError, DeviceError, MemoryFullError
 from grpo_worker.protocol.messages import HeartbeatReply, VersionSpan
 from grpo_worker.rollout.heartbeat import unready_reason
 from grpo_worker.rollout.options import engine_environment, startup_error
-from grpo_worker.rollout.versions import VersionTrack
+from grpo_worker.rollout.requests import VersionTrack
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,12 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 import torch
-import xxhash
 
 from grpo_worker.concurrency import Gate, in_daemon_thread
 from grpo_worker.errors import DeviceError, GRPOError, PeerLostError, StalledError
@@ -35,9 +32,7 @@ from grpo_worker.protocol.messages import (
     ApplyWeightsRequest,
     Array,
     PromptRequest,
-    SampleResult,
     Sampling,
-    VersionSpan,
 )
 from grpo_worker.rollout.options import (
     EngineOptions,
@@ -46,9 +41,17 @@ from grpo_worker.rollout.options import (
     log_configuration,
     startup_error,
 )
+from grpo_worker.rollout.requests import (
+    INITIAL_VERSION,
+    Request,
+    RunningPrompt,
+    SampledLogProbs,
+    VersionTrack,
+    sample_seed,
+    sampling_parameters,
+)
 from grpo_worker.rollout.staging import StagingMemory
 from grpo_worker.rollout.stepping import EngineThread
-from grpo_worker.rollout.versions import INITIAL_VERSION, VersionTrack
 from grpo_worker.weightsync.client import pull
 from grpo_worker.weightsync.manifest import SnapshotManifest, expected_tensors, verify
 
@@ -68,53 +71,6 @@ class WeightsNotAppliedError(PeerLostError):
     """The swap failed half-way: the engine waits, paused, for another one."""
 
     reason = "WeightsNotApplied"
-
-
-def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample `index` of a prompt: the same on every server and in every batch, and unrelated between prompts
-    with adjacent seeds (vLLM's own n > 1 uses seed + index)."""
-    return xxhash.xxh3_64_intdigest(f"{seed}:{index}".encode()) >> 1
-
-
-class RunningPrompt:
-    """The samples of one prompt that the engine is working on."""
-
-    def __init__(self, samples: int) -> None:
-        self.unfinished: dict[str, int] = {}  # the engine's name of a request: index of its sample
-        self._samples: list[tuple[Any, list[VersionSpan]] | None] = [None] * samples
-        self._done: Future[list[Any]] = Future()
-        self._done.set_running_or_notify_cancel()  # who stops waiting does not stop the others
-
-    async def results(self) -> list[SampleResult]:
-        """Wait for all samples. Raises EngineDeadError."""
-        return [_sample_result(output, spans) for output, spans in await asyncio.wrap_future(self._done)]
-
-    def finished(self, name: str, output: Any, spans: list[VersionSpan]) -> None:
-        self._samples[self.unfinished.pop(name)] = (output, spans)
-        if not self.unfinished:
-            self._done.set_result(self._samples)
-
-    def failed(self, error: GRPOError) -> None:
-        self.unfinished.clear()
-        self._done.set_exception(error)
-
-
-@dataclass
-class Request:
-    """One sample, as the engine knows it."""
-
-    prompt: RunningPrompt
-    track: VersionTrack
-
-
-def _sample_result(output: Any, spans: list[VersionSpan]) -> SampleResult:
-    finish = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
-    return SampleResult(
-        token_ids=Array.of(output.token_ids, "int32"),
-        log_probs=Array.of(output.logprobs.logprobs, "float32"),
-        finish_reason=cast(Literal["stop", "length", "abort"], finish),
-        versions=spans,
-    )
 
 
 class RolloutEngine:
@@ -261,14 +217,20 @@ class RolloutEngine:
                 for index in range(sampling.n):
                     seed = None if prompt.seed is None else sample_seed(prompt.seed, index)
                     identifier = f"{name}/{prompt.id}#{index}.{serial}"
-                    self._llm.add_request(identifier, inputs, self._parameters(sampling, seed))
+                    self._llm.add_request(identifier, inputs, sampling_parameters(sampling, seed))
                     group.unfinished[identifier] = index
+                    self._state_of(identifier).logprobs_processor = SampledLogProbs()
                     self._requests[identifier] = Request(group, VersionTrack([(self._served_version, 0)]))
                 running[prompt.id] = group
             except Exception as error:
                 self._abort([group])
                 refused[prompt.id] = error
         return running, refused
+
+    def _state_of(self, identifier: str) -> Any:
+        """vLLM gives each request a name of its own."""
+        outputs = self._llm.output_processor
+        return outputs.request_states[outputs.external_req_ids[identifier][0]]
 
     def abort(self, prompts: Sequence[RunningPrompt]) -> None:
         """Take what is unfinished out of the engine, before whatever is asked of it later."""
@@ -282,16 +244,6 @@ class RolloutEngine:
             prompt.unfinished.clear()
         if names and not self.dead:
             self._llm.abort_request(names)
-
-    def _parameters(self, sampling: Sampling, seed: int | None) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            n=1, max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-            min_p=sampling.min_p, seed=seed, stop_token_ids=list(sampling.stop_token_ids), ignore_eos=sampling.ignore_eos,
-            logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
 
     def _take(self, outputs: list[Any]) -> None:
         for output in outputs:
