@@ -217,20 +217,15 @@ class RolloutEngine:
                 for index in range(sampling.n):
                     seed = None if prompt.seed is None else sample_seed(prompt.seed, index)
                     identifier = f"{name}/{prompt.id}#{index}.{serial}"
-                    self._llm.add_request(identifier, inputs, sampling_parameters(sampling, seed))
+                    own_name = self._llm.add_request(identifier, inputs, sampling_parameters(sampling, seed))
                     group.unfinished[identifier] = index
-                    self._state_of(identifier).logprobs_processor = SampledLogProbs()
+                    self._llm.output_processor.request_states[own_name].logprobs_processor = SampledLogProbs()
                     self._requests[identifier] = Request(group, VersionTrack([(self._served_version, 0)]))
                 running[prompt.id] = group
             except Exception as error:
                 self._abort([group])
                 refused[prompt.id] = error
         return running, refused
-
-    def _state_of(self, identifier: str) -> Any:
-        """vLLM gives each request a name of its own."""
-        outputs = self._llm.output_processor
-        return outputs.request_states[outputs.external_req_ids[identifier][0]]
 
     def abort(self, prompts: Sequence[RunningPrompt]) -> None:
         """Take what is unfinished out of the engine, before whatever is asked of it later."""
