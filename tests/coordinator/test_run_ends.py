@@ -94,17 +94,20 @@ async def test_a_judge_that_breaks_costs_no_step(stage: Stage, staleness: int) -
 
 async def test_a_judge_that_is_away_for_a_while_costs_nothing(stage: Stage) -> None:
     """It comes back while the samples wait; the same outage without TryAgain would have failed more than half of a step."""
-    flag = stage.root / "down"
+    flag, tries = stage.root / "down", stage.root / "tries"
     flag.touch()
+    tries.touch()
     body = f"""    from grpo_worker.rewards import TryAgain
     if pathlib.Path({str(flag)!r}).exists():
+        with open({str(tries)!r}, "a") as file:
+            file.write("x")
         raise TryAgain("the judge is restarting")
     return float(len(sample.response) % 2 + (sample.response[:1] == "1"))
 """
     async with stage.members(Engine("rollout-0")):
         training = asyncio.create_task(stage.train(stage.job(reward=scoring(stage, body))))
         async with asyncio.timeout(30):
-            while not (stage.root / "run" / "events.jsonl").exists() or not events(stage, "RewardTryAgain"):
+            while tries.stat().st_size < 8:
                 await asyncio.sleep(0.02)
         flag.unlink()
         await training
