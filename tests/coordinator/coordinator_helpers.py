@@ -27,6 +27,7 @@ from grpo_worker.protocol.messages import (
     ErrorReply,
     GenerateEnd,
     GenerateRequest,
+    GroupPlace,
     GroupResult,
     Heartbeat,
     PromptRequest,
@@ -114,6 +115,7 @@ class Engine:
         self.asked: list[str] = []
         self.requests: list[GenerateRequest] = []
         self.syncs: list[int] = []
+        self.places: list[GroupPlace] = []  # in groups, of those syncs that came over one
         self.hang_at_sync = False
         self.log: list[str] = []  # what was asked of it, in order
         self.released = asyncio.Event()  # lets what hangs end when the test is over
@@ -167,6 +169,9 @@ class Engine:
 
     async def pull(self, request: ApplyWeightsRequest) -> str:
         """The digest of what its workers have then."""
+        if request.group is not None:
+            self.places.append(request.group)
+            return self.digest or sent(request.version)
         return self.digest or request.store.digest
 
     async def _weights(self, http: web.Request) -> web.Response:
@@ -182,7 +187,7 @@ class Engine:
         reply = ApplyWeightsReply(
             version=request.version,
             digest=digest,
-            bytes=request.store.total_bytes,
+            bytes=1000,
             pull_seconds=0.5,
             apply_seconds=0.25,
             pause_seconds=0.3,
@@ -201,7 +206,7 @@ class Trainer:
         self.terminating = ""  # the rank's process that got SIGTERM
         self.calls: list[Any] = []
         self.answers: dict[type, Callable[[Any], Any]] = {
-            PublishRequest: lambda request: published(request.version),
+            PublishRequest: published,
             StopRequest: lambda request: Done(),
         }
         self.url = ""
@@ -245,9 +250,16 @@ class Trainer:
         return web.Response(body=reply if isinstance(reply, bytes) else codec.encode(reply))
 
 
-def published(version: int) -> PublishReply:
+def published(request: PublishRequest) -> PublishReply:
+    version = request.version
     source = StoreSource(host="127.0.0.1", port=1, version=version, digest=f"digest of {version}", total_bytes=1000)
-    return PublishReply(store=source, seconds=0.125)
+    digest = sent(version) if request.group else ""
+    return PublishReply(store=source if request.store else None, digest=digest, meeting_port=5000, seconds=0.125)
+
+
+def sent(version: int) -> str:
+    """The digest of a version that went over a group."""
+    return f"sum of {version}"
 
 
 @dataclass
@@ -313,7 +325,9 @@ class Clock:
 
 
 @asynccontextmanager
-async def world(*engines: Engine, version: int | None = 0, timeout_seconds: float = 5.0) -> AsyncIterator[World]:
+async def world(
+    *engines: Engine, version: int | None = 0, timeout_seconds: float = 5.0, workers_in_group: int = 0
+) -> AsyncIterator[World]:
     """A trainer and these engines, registered; weights of `version` published and applied."""
     clock = Clock()
     async with aiohttp.ClientSession() as session:
@@ -323,7 +337,14 @@ async def world(*engines: Engine, version: int | None = 0, timeout_seconds: floa
         await trainer.start()
         client = MemberClient(session, members, TOKEN)
         caller = TrainerClient(client, members, timeout_seconds)
-        weights = WeightSync(client, members, caller, timeout_seconds, lambda *event: events.append(event))
+        weights = WeightSync(
+            client,
+            members,
+            caller,
+            timeout_seconds,
+            lambda *event: events.append(event),
+            workers_in_group=workers_in_group,
+        )
         here = World(session, members, client, trainer, caller, weights, clock, [], events)
         try:
             await here.join(*engines)

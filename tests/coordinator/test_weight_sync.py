@@ -4,14 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
-from coordinator_helpers import Engine, World, groups, heartbeats, world
+from coordinator_helpers import Engine, World, groups, heartbeats, published, sent, world
 
 from grpo_worker.coordinator import members, weight_sync
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.coordinator.weight_sync import SyncReport
 from grpo_worker.errors import ConfigError, PeerLostError
-from grpo_worker.protocol.messages import ErrorReply
+from grpo_worker.protocol.messages import ErrorReply, PublishReply, PublishRequest
 
 pytestmark = pytest.mark.asyncio
 
@@ -254,3 +255,126 @@ async def test_a_sync_that_fails_again_and_again_is_tried_ever_more_rarely() -> 
         assert 3 <= tries <= 7, "0.02 s, doubled each time"
         engine.refusal = None
         await until_serving(here, "rollout-0")
+
+
+# --- over a group -------------------------------------------------------------------------------------------------------------
+
+
+def asked(here: World) -> list[tuple[int, bool, int]]:
+    """Of the trainer: version, whether into the store, members of the group."""
+    requests = [call for call in here.trainer.calls if isinstance(call, PublishRequest)]
+    return [(call.version, call.store, call.group.world_size if call.group else 0) for call in requests]
+
+
+async def test_the_first_version_comes_from_the_store_and_the_next_ones_over_one_group() -> None:
+    engines = [Engine("rollout-0"), Engine("rollout-1")]
+    async with world(*engines, version=0, workers_in_group=2) as here:
+        for version in (1, 2):
+            report = await publish(here, version)
+            assert [reply.digest for reply in report.replies] == [sent(version)] * 2
+            assert serving(here) == ["rollout-0", "rollout-1"]
+        assert asked(here) == [(0, True, 0), (1, False, 5), (2, False, 5)]
+        (trainers,) = {call.group for call in here.trainer.calls if call.group}
+    assert (trainers.host, trainers.port, trainers.rank) == ("127.0.0.1", 5000, 0)
+    for engine, first_rank in zip(engines, (1, 3), strict=True):
+        assert engine.places == [msgspec.structs.replace(trainers, rank=first_rank)] * 2
+    assert [reason for _, reason, _ in here.events if "Weight" in reason] == []
+
+
+async def test_an_engine_that_joins_takes_the_store_and_then_a_place_in_a_new_group() -> None:
+    first, late = Engine("rollout-0"), Engine("rollout-1")
+    async with world(first, version=0, workers_in_group=1) as here, joining(here):
+        await publish(here, 1)
+        await here.join(late)
+        await until_serving(here, "rollout-0", "rollout-1")
+        assert late.syncs == [1]
+        await publish(here, 2)
+        assert asked(here) == [(0, True, 0), (1, False, 2), (1, True, 0), (2, False, 3)]
+        assert [place.generation for place in first.places] == [1, 2]
+        assert [place.generation for place in late.places] == [2]
+        assert serving(here) == ["rollout-0", "rollout-1"]
+
+
+async def test_a_joiner_whose_version_the_trainer_has_no_more_waits_for_the_next_one() -> None:
+    first, late = Engine("rollout-0"), Engine("rollout-1")
+    gone = ErrorReply(reason="VersionNotHeld", message="version 1 is gone", exit_code=75, recoverable=True)
+    async with world(first, version=0, workers_in_group=1) as here, joining(here):
+        await publish(here, 1)
+        here.trainer.answers[PublishRequest] = lambda request: gone if request.version == 1 else published(request)
+        await here.join(late)
+        while asked(here)[-1] != (1, True, 0):
+            await here.members.wait(0.02)
+        assert serving(here) == ["rollout-0"]
+        await publish(here, 2)
+        await until_serving(here, "rollout-0", "rollout-1")
+        assert asked(here)[-1] == (2, True, 2), "one broadcast, and the store for the joiner"
+        assert late.syncs == [2]
+
+
+@pytest.mark.parametrize("how", ["refuses", "has other bytes", "dies"])
+async def test_a_group_that_fails_for_one_engine_ends_and_the_store_serves_that_engine(how: str) -> None:
+    good, bad = Engine("rollout-0"), Engine("rollout-1")
+    async with world(good, bad, version=0, workers_in_group=1) as here:
+        if how == "refuses":
+            bad.refusal = ErrorReply(reason="WeightsNotApplied", message="the swap failed")
+        elif how == "has other bytes":
+            bad.digest = "other bytes"
+        else:
+            await bad.stop()
+        report = await publish(here, 1)
+        assert len(report.replies) == 1
+        assert serving(here) == ["rollout-0"]
+        (failed,) = [text for _, reason, text in here.events if reason == "WeightGroupFailed"]
+        assert failed == "1 of 2 engines took version 1 over group 1. The others take it from the store."
+        assert any(reason == "WeightSyncFailed" and "rollout-1" in text for _, reason, text in here.events)
+        if how == "dies":
+            await publish(here, 2)
+            assert asked(here)[-1][2] == 2
+        else:
+            bad.refusal = bad.digest = None
+            async with joining(here):
+                await until_serving(here, "rollout-0", "rollout-1")
+            await publish(here, 2)
+            assert asked(here) == [(0, True, 0), (1, False, 3), (1, True, 0), (2, False, 3)]
+        assert good.places[-1].generation == 2
+
+
+async def test_a_trainer_whose_group_failed_is_asked_to_use_the_store() -> None:
+    engines = [Engine("rollout-0"), Engine("rollout-1")]
+    async with world(*engines, version=0, workers_in_group=1) as here, joining(here):
+
+        def broken(request: PublishRequest) -> PublishReply:
+            if request.group is None:
+                return published(request)
+            return PublishReply(group_error="Connection closed by peer", meeting_port=5000, seconds=0.1)
+
+        here.trainer.answers[PublishRequest] = broken
+        for engine in engines:
+            engine.refusal = ErrorReply(reason="WeightsNotApplied", message="the swap failed")
+        await publish(here, 1)
+        for engine in engines:
+            engine.refusal = None
+        await until_serving(here, "rollout-0", "rollout-1")
+        (failed,) = [text for _, reason, text in here.events if reason == "WeightGroupFailed"]
+        assert "0 of 2 engines took version 1 over group 1: Connection closed by peer." in failed
+        assert asked(here)[-1] == (1, True, 0)
+
+
+async def test_an_engine_gets_no_prompt_before_its_digest_is_that_of_the_trainer() -> None:
+    engine = Engine("rollout-0")
+    async with world(engine, version=0, workers_in_group=1) as here:
+        released = asyncio.Event()
+
+        async def late(request: PublishRequest) -> PublishReply:
+            await released.wait()
+            return published(request)
+
+        here.trainer.answers[PublishRequest] = late
+        publishing = asyncio.create_task(publish(here, 1))
+        while engine.syncs != [0, 1]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert serving(here) == []
+        released.set()
+        await publishing
+        assert serving(here) == ["rollout-0"]

@@ -69,6 +69,8 @@ class Coordinator:
                 network.weight_sync_timeout_seconds,
                 self._events.emit,
                 clear_cache=self._spec.rollout.clears_kv_cache,
+                workers_in_group=self._spec.rollout.tensor_parallel_size if network.weight_sync == "nccl" else 0,
+                patience_seconds=network.member_timeout_seconds,
             )
             self._progress = Progress(
                 self._job.name, self._incarnation, self._members, self._weights, self._spec.trainer.total_epochs

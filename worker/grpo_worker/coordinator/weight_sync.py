@@ -2,22 +2,27 @@
 
 Invariant: an engine gets prompts only after this coordinator made it apply the current version and the engine's workers read the same
 version and digest back. A restarted engine, a restarted coordinator and an engine whose sync failed all go the same way in, beside
-training: a version is settled when the engines that were in service have it or were lost. One version is on its way at a time.
+training, by the store: a version is settled when the engines that were in service have it or were lost. One version is on its way at a time.
+
+With `nccl` a version goes to the engines in service at once, over a group that lasts until its members change or one of them fails. The
+store gets it when somebody needs it there: at the first publish, when an engine is about to join, and afterwards while the trainer still has it.
 """
 
 import asyncio
+import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
 
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Emit, Member, Members
-from grpo_worker.coordinator.trainer_client import TrainerClient
+from grpo_worker.coordinator.trainer_client import TrainerClient, TrainerFailed
 from grpo_worker.errors import ConfigError, PeerLostError
 from grpo_worker.protocol.http import RefusedError
 from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
     ApplyWeightsRequest,
+    GroupPlace,
     PublishReply,
     PublishRequest,
     StoreSource,
@@ -27,6 +32,18 @@ RETRY_SECONDS = 1.0  # before a sync is tried again; doubles
 MAX_RETRY_SECONDS = 30.0
 ANSWER_SECONDS = 10.0  # that an engine has, after the limit, to say itself what went wrong
 MISMATCH = "WeightsMismatch"  # the tensors do not fit the engine's model: trying again cannot help
+
+
+SENDER = 0  # rank of the trainer in a group
+NOT_HELD = "VersionNotHeld"  # the trainer's weights have changed since
+
+
+@dataclass
+class Group:
+    """Members of the `nccl` transport beside the trainer, in the order of their ranks."""
+
+    generation: int
+    engines: list[Member]
 
 
 @dataclass
@@ -66,15 +83,29 @@ class WeightSync:
         emit: Emit,
         *,
         clear_cache: bool = True,
+        workers_in_group: int = 0,
+        patience_seconds: float = 30.0,
     ) -> None:
-        """`clear_cache`: requests that run during a swap lose their KV cache, and it is computed again."""
+        """
+        Args:
+            clear_cache: requests that run during a swap lose their KV cache, and it is computed again.
+            workers_in_group: an engine's workers in the group of `nccl`; 0: everything goes by the store.
+            patience_seconds: of a group's member for another one.
+        """
         self._client = client
         self._members = members
         self._trainer = trainer
         self._timeout_seconds = timeout_seconds
         self._emit = emit
         self._clear_cache = clear_cache
-        self._source: StoreSource | None = None
+        self._workers_in_group = workers_in_group
+        self._patience_seconds = patience_seconds
+        self._version: int | None = None
+        self._source: StoreSource | None = None  # of that version, or of an older one
+        self._meeting_port = 0
+        self._group: Group | None = None
+        self._generations = itertools.count(1)
+        self._storing = asyncio.Lock()
         self._applying: asyncio.Task[SyncReport] | None = (
             None  # the newest version's way to the engines that were in service
         )
@@ -83,7 +114,7 @@ class WeightSync:
     @property
     def version(self) -> int | None:
         """The newest published version."""
-        return self._source.version if self._source else None
+        return self._version
 
     def in_service(self) -> list[Member]:
         """Engines that serve the current version (read back), alive, by name."""
@@ -103,11 +134,85 @@ class WeightSync:
         """
         if self._applying is not None:
             await self.settled()
-        with self._members.waiting(f"the trainer to publish the weights of version {version}"):
-            reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
-        self._publishing = self._members.alive("rollout") if self._source is None else self.in_service()
-        self._source = reply.store
-        self._applying = asyncio.create_task(self._apply_to(self._publishing, SyncReport(version, reply.seconds)))
+        first = self._version is None
+        engines = self._members.alive("rollout") if first else self.in_service()
+        joining = [member for member in self._members.alive("rollout") if member not in engines]
+        group = None if first or not engines else self._group_of(engines)
+        if group is None:
+            with self._members.waiting(f"the trainer to publish the weights of version {version}"):
+                reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
+            self._version, self._source, self._meeting_port = version, reply.store, reply.meeting_port
+            self._publishing = engines
+            self._applying = asyncio.create_task(self._apply_to(engines, SyncReport(version, reply.seconds)))
+            return
+        place = self._place(group, SENDER)
+        self._version, self._publishing = version, engines
+        sent: asyncio.Future[PublishReply] = asyncio.get_running_loop().create_future()
+        self._applying = asyncio.create_task(self._broadcast_to(group, version, sent))
+        try:
+            with self._members.waiting(
+                f"the trainer to broadcast the weights of version {version} to {len(engines)} engines"
+            ):
+                request = PublishRequest(version=version, store=bool(joining), group=place)
+                reply = await self._trainer.call(request, PublishReply)
+        except BaseException:
+            self._applying.cancel()
+            self._applying = None
+            raise
+        self._source = reply.store or self._source
+        sent.set_result(reply)
+
+    def _group_of(self, engines: list[Member]) -> Group | None:
+        """The group of these engines, in this order; a new one where they have changed."""
+        if not self._workers_in_group:
+            return None
+        if self._group is None or self._group.engines != engines:
+            self._group = Group(next(self._generations), engines)
+        return self._group
+
+    def _place(self, group: Group, rank: int) -> GroupPlace:
+        assert self._source is not None
+        return GroupPlace(
+            host=self._source.host, port=self._meeting_port, generation=group.generation, rank=rank,
+            world_size=1 + len(group.engines) * self._workers_in_group, patience_seconds=self._patience_seconds,
+        )  # fmt: skip
+
+    async def _broadcast_to(self, group: Group, version: int, sent: "asyncio.Future[PublishReply]") -> SyncReport:
+        """A group that fails for one member is none any more; who does not have the version joins by the store."""
+        places = [self._place(group, 1 + index * self._workers_in_group) for index in range(len(group.engines))]
+        asked = asyncio.gather(
+            *(self._try(member, version, place) for member, place in zip(group.engines, places, strict=True)),
+            return_exceptions=True,
+        )
+        try:
+            replies = await asked
+            trainers = await sent
+        finally:
+            asked.cancel()
+            self._publishing = []
+            self._members.notify()
+        report = SyncReport(version, trainers.seconds)
+        for member, reply in zip(group.engines, replies, strict=True):
+            if isinstance(reply, BaseException):
+                raise reply
+            if reply is None:
+                continue
+            if reply.digest == trainers.digest:
+                member.served = version
+                report.replies.append(reply)
+                continue
+            self._emit(
+                "warning", "WeightSyncFailed",
+                f"{member.name} has weights of version {version} with digest {reply.digest[:16]}, the trainer sent {trainers.digest[:16] or 'nothing whole'}",
+            )  # fmt: skip
+        if len(report.replies) < len(group.engines):
+            self._group = None
+            self._emit(
+                "warning", "WeightGroupFailed",
+                f"{len(report.replies)} of {len(group.engines)} engines took version {version} over group {group.generation}"
+                f"{': ' + trainers.group_error if trainers.group_error else ''}. The others take it from the store.",
+            )  # fmt: skip
+        return report
 
     async def settled(self) -> SyncReport:
         """When the engines that were in service at the last publish have its version, or left service. Raises ConfigError."""
@@ -138,7 +243,7 @@ class WeightSync:
                     self._applying.result()
                 for member in [member for member, task in joining.items() if task.done()]:
                     joining.pop(member).result()
-                if self._source is not None:
+                if self._version is not None:
                     busy = [*joining, *self._publishing, *self.in_service()]
                     for member in self._members.alive("rollout"):
                         if member not in busy:
@@ -173,30 +278,59 @@ class WeightSync:
         """Until the engine serves the version that is current then, or is lost."""
         pause = RETRY_SECONDS
         while self._members.lives(member):
-            if (reply := await self._try(member)) is not None:
+            if await self._stored() and (reply := await self._try(member)) is not None:
                 self._emit("info", "RolloutJoined", f"{member.name} serves weights of version {reply.version}")
                 self._members.notify()
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_RETRY_SECONDS)
 
-    async def _try(self, member: Member) -> ApplyWeightsReply | None:
-        """One sync; None when it failed, which is told. Raises ConfigError."""
+    async def _stored(self) -> bool:
+        """Whether the store has the current version. It is put there while the trainer still has it, else it comes with the next publish."""
+        async with self._storing:
+            version = self._version
+            if self._source is not None and self._source.version == version:
+                return True
+            if self._publishing or version is None:
+                return False
+            try:
+                reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
+            except TrainerFailed as error:
+                if error.reason != NOT_HELD:
+                    raise
+                return False
+            if self._version == version:
+                self._source = reply.store
+            return self._version == version
+
+    async def _try(
+        self, member: Member, version: int | None = None, group: GroupPlace | None = None
+    ) -> ApplyWeightsReply | None:
+        """One sync, from the store or over a group; None when it failed, which is told. Over a group the digest is still to be compared.
+        Raises ConfigError."""
         try:
-            return await self._apply(member)
+            reply = await self._apply(member, group, version)
+            if group is None:
+                member.served = reply.version
+            return reply
         except PeerLostError as error:
             self._emit("warning", "WeightSyncFailed", str(error))
             return None
 
-    async def _apply(self, member: Member) -> ApplyWeightsReply:
+    async def _apply(self, member: Member, group: GroupPlace | None, version: int | None) -> ApplyWeightsReply:
         """Apply the current version to one engine and check what its workers read back. Raises PeerLostError naming it."""
-        source = self._source
-        assert source is not None
+        source = None if group else self._source
+        version = source.version if source else version
+        assert version is not None
         member.served = None
         request = ApplyWeightsRequest(
-            version=source.version, store=source, timeout_seconds=self._timeout_seconds, clear_cache=self._clear_cache
+            version=version,
+            store=source,
+            group=group,
+            timeout_seconds=self._timeout_seconds,
+            clear_cache=self._clear_cache,
         )
-        what = f"the sync of version {source.version}"
+        what = f"the sync of version {version}"
         try:
             reply: ApplyWeightsReply = await self._client.ask(
                 member, "/v1/weights", request, ApplyWeightsReply, self._timeout_seconds + ANSWER_SECONDS, what
@@ -207,10 +341,9 @@ class WeightSync:
                     f"{error}. Trainer and engine do not load the same model: check model.path on both sides."
                 ) from error
             raise
-        if (reply.version, reply.digest) != (source.version, source.digest):
+        if reply.version != version or (source and reply.digest != source.digest):
+            wanted = f"digest {reply.digest[:16]} in place of {source.digest[:16]}" if source else "over a group"
             raise PeerLostError(
-                f"{member.name} answered the sync of version {source.version} with version {reply.version}, digest {reply.digest[:16]} "
-                f"in place of {source.digest[:16]}: it is kept out of service"
+                f"{member.name} answered the sync of version {version} with version {reply.version}, {wanted}: it is kept out of service"
             )
-        member.served = source.version
         return reply

@@ -134,11 +134,25 @@ class StoreSource(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int
 
 
+class GroupPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A place in the group of the `nccl` transport: the trainer's rank 0 and every worker of every engine that it names."""
+
+    host: str  # where the members meet
+    port: int
+    generation: int  # a new one for each set of members
+    rank: int  # of the member; of an engine's first worker
+    world_size: int
+    patience_seconds: float  # of a member, for another one
+    bucket_bytes: int = 256 << 20  # that travel at a time; a larger tensor travels alone
+
+
 class ApplyWeightsRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Coordinator -> rollout, POST /v1/weights: pull, then swap between two steps of the engine."""
+    """Coordinator -> rollout, POST /v1/weights: swap between two steps of the engine to what was pulled from the store before, or
+    comes over the group meanwhile."""
 
     version: int
-    store: StoreSource
+    store: StoreSource | None = None
+    group: GroupPlace | None = None  # in place of the store
     timeout_seconds: float
     clear_cache: bool = True  # False: running requests keep the KV cache that the old weights made
 
@@ -147,8 +161,8 @@ class ApplyWeightsReply(msgspec.Struct, frozen=True, kw_only=True):
     version: int  # read back from the engine's workers after the update, not echoed
     digest: str
     bytes: int
-    pull_seconds: float  # network and verification
-    apply_seconds: float  # into the engine
+    pull_seconds: float  # network and verification; 0 over a group
+    apply_seconds: float  # into the engine; over a group with the way
     pause_seconds: float  # generation stood still
     total_seconds: float
 
@@ -195,11 +209,18 @@ class UpdateReply(msgspec.Struct, frozen=True, kw_only=True, tag="updated"):
 
 
 class PublishRequest(msgspec.Struct, frozen=True, kw_only=True, tag="publish"):
+    """A version that was published before is refused when the weights have changed since."""
+
     version: int
+    store: bool = True
+    group: GroupPlace | None = None
 
 
 class PublishReply(msgspec.Struct, frozen=True, kw_only=True, tag="published"):
-    store: StoreSource
+    store: StoreSource | None = None
+    digest: str = ""  # of what went over the group
+    group_error: str = ""  # the group is of no use any more
+    meeting_port: int = 0  # where a group's members meet, on the store's host
     seconds: float
 
 

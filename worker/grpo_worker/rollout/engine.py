@@ -33,6 +33,7 @@ from grpo_worker.protocol.messages import (
     Array,
     PromptRequest,
     Sampling,
+    StoreSource,
 )
 from grpo_worker.rollout.options import (
     EngineOptions,
@@ -52,8 +53,9 @@ from grpo_worker.rollout.requests import (
 )
 from grpo_worker.rollout.staging import StagingMemory
 from grpo_worker.rollout.stepping import EngineThread
+from grpo_worker.weightsync.broadcast import WeightGroupError
 from grpo_worker.weightsync.client import pull
-from grpo_worker.weightsync.manifest import SnapshotManifest, expected_tensors, verify
+from grpo_worker.weightsync.manifest import TensorSpec, expected_tensors, layout, verify
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class RolloutEngine:
         self.broken: str = ""  # why the weights cannot be used, after a swap that failed half-way
         self._thread = EngineThread(self._take, self._fail_all)
         self._staging = StagingMemory()
+        self._staged = b""  # manifest of what the staging memory holds
+        self._tensors: list[TensorSpec] = []  # of the trainer's model, in its order
         self._apply_lock = asyncio.Lock()
         # What follows belongs to the engine's thread.
         self._serials = itertools.count()
@@ -262,6 +266,7 @@ class RolloutEngine:
             serve.
             WeightsMismatchError: the tensors do not fit the model; the old weights serve.
             WeightsNotAppliedError: the swap failed half-way; the engine waits for another one.
+            WeightGroupError: no version has come from the store yet.
             StalledError: not done within the request's limit. EngineDeadError: the engine is gone.
         """
         started = time.perf_counter()
@@ -274,14 +279,19 @@ class RolloutEngine:
                 f"weights of version {request.version}: another sync held the engine for {request.timeout_seconds} s"
             ) from error
         try:
-            # A swap that outlived its request still reads the staging memory.
-            async with asyncio.timeout(deadline - time.monotonic()):
-                await self._thread.between_steps(self.check_health)
-            manifest = await in_daemon_thread(self._pull, request, deadline)
+            if request.store is not None:
+                # A swap that outlived its request still reads the staging memory.
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._thread.between_steps(self.check_health)
+                await in_daemon_thread(self._pull, request.store, deadline)
+            elif not self._tensors:
+                raise WeightGroupError(
+                    "this engine does not know the tensors that come over a group: it needs a version from the store first"
+                )
             pulled = time.perf_counter()
             async with asyncio.timeout(deadline - time.monotonic()), self.gate.shared(pass_waiting=True):
                 paused = time.perf_counter()
-                apply_seconds = await self._thread.between_steps(self._swap, request, manifest)
+                apply_seconds = await self._thread.between_steps(self._swap, request)
         except TimeoutError as error:
             raise StalledError(
                 f"weights of version {request.version} were not swapped in within {request.timeout_seconds} s: {self.broken or 'engine was busy'}"
@@ -290,21 +300,24 @@ class RolloutEngine:
             self._apply_lock.release()
         ended = time.perf_counter()
         return ApplyWeightsReply(
-            version=cast(int, self.weight_version), digest=cast(str, self.weight_digest), bytes=manifest.total_bytes,
+            version=cast(int, self.weight_version), digest=cast(str, self.weight_digest), bytes=layout(self._tensors)[1],
             pull_seconds=pulled - started, apply_seconds=apply_seconds, pause_seconds=ended - paused, total_seconds=ended - started,
         )  # fmt: skip
 
-    def _pull(self, request: ApplyWeightsRequest, deadline: float) -> SnapshotManifest:
-        """Runs in a thread: generation goes on."""
-        return pull(
-            request.store, token=self.options.token, into=self._staging.reserve, streams=self.options.network.weight_sync_streams,
+    def _pull(self, store: StoreSource, deadline: float) -> None:
+        """Into the staging memory. Runs in a thread: generation goes on."""
+        manifest = pull(
+            store, token=self.options.token, into=self._staging.reserve, streams=self.options.network.weight_sync_streams,
             timeout_seconds=self.options.network.member_timeout_seconds, deadline=deadline,
             check=lambda manifest: verify(manifest, self._expected, optional=self._optional, dtypes=self._dtypes),
         )  # fmt: skip
+        self._staged = msgspec.msgpack.encode(manifest)
+        self._tensors = [TensorSpec(entry.name, entry.shape, entry.dtype) for entry in manifest.tensors]
 
-    def _swap(self, request: ApplyWeightsRequest, manifest: SnapshotManifest) -> float:
-        """Between two steps. Seconds that the workers needed to load the staged weights."""
+    def _swap(self, request: ApplyWeightsRequest) -> float:
+        """Between two steps. Seconds that the workers needed to load the staged weights, or to get and load them."""
         self.check_health()
+        before = self._applied()
         core = self._llm.engine_core.engine_core
         core.pause_scheduler("keep", clear_cache=False)
         try:
@@ -313,34 +326,47 @@ class RolloutEngine:
             if request.clear_cache and not self._llm.reset_prefix_cache(reset_running_requests=True):
                 raise WeightsNotAppliedError("vLLM could not free the caches of the old weights")
             self._cache_salt += 1  # what is admitted from now on runs with the new weights
-            if self.broken:
-                self._end_stale_session()
             began = time.perf_counter()
             self._llm.collective_rpc("start_weight_update")
-            update = {"path": self._staging.path, "manifest": msgspec.msgpack.encode(manifest)}
-            self._llm.collective_rpc("update_weights", kwargs={"update_info": update})
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": self._update_info(request)})
             self._llm.collective_rpc("finish_weight_update")
             apply_seconds = time.perf_counter() - began
-            applied = [tuple(state or ()) for state in self._llm.collective_rpc("grpo_applied_weights")]
-            if set(applied) != {(request.version, request.store.digest)}:
+            applied = self._applied()
+            version, digest = next(iter(applied)) if len(applied) == 1 else (None, "")
+            if version != request.version or (request.store and digest != request.store.digest):
                 raise WeightsNotAppliedError(
-                    f"workers report {applied} instead of ({request.version}, {request.store.digest})"
+                    f"workers report {applied} instead of version {request.version} of {request.store or request.group}"
                 )
         except Exception as error:
+            what = f"the swap to version {request.version} failed: {type(error).__name__}: {error}"
+            if not self.dead:
+                self._end_stale_session()
+                if not self.broken and self._applied() == before:
+                    core.resume_scheduler()
+                    raise WeightsNotAppliedError(f"{what}. The old weights serve.") from error
             self.weight_version = self.weight_digest = None
-            self.broken = f"the swap to version {manifest.version} failed: {type(error).__name__}: {error}"
+            self.broken = what
             self.check_health()
             raise WeightsNotAppliedError(
                 f"{self.broken}. The engine is paused until a sync succeeds; start the replica again if it does not."
             ) from error
-        self._note_swap(manifest.version)
-        self.weight_version, self.weight_digest, self.broken = manifest.version, request.store.digest, ""
+        self._note_swap(version)
+        self.weight_version, self.weight_digest, self.broken = version, digest, ""
         core.resume_scheduler()
         return apply_seconds
 
+    def _update_info(self, request: ApplyWeightsRequest) -> dict[str, Any]:
+        """For `StoreTransferEngine` in the workers."""
+        if request.group is None:
+            return {"path": self._staging.path, "manifest": self._staged}
+        return {"group": msgspec.msgpack.encode(request), "tensors": msgspec.msgpack.encode(self._tensors)}
+
+    def _applied(self) -> set[Any]:
+        """What the workers say of their weights: one version and digest, or () where an update failed half-way or there was none."""
+        return {tuple(state or ()) for state in self._llm.collective_rpc("grpo_applied_weights")}
+
     def _end_stale_session(self) -> None:
-        """A swap that was cut off between start and finish leaves vLLM's session open, and then every start is
-        refused."""
+        """A swap that failed between start and finish leaves vLLM's session open, and then every start is refused."""
         try:
             self._llm.collective_rpc("finish_weight_update")
         except Exception as error:

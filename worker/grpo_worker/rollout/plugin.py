@@ -1,7 +1,7 @@
 """Inside vLLM's workers: the weight-transfer engine `grpo_store`, and the read-back of what a worker runs.
 
-Invariant: the model is touched only inside `update_weights`, only with bytes that were verified before, and layerwise
-reload is finalised even when loading fails, so that a repeated update can succeed. A parameter that the update did not
+Invariant: the model is touched only inside `update_weights`, with bytes that were verified before, or over a group, whose digest is
+compared afterwards. Layerwise reload is finalised even when loading fails, so that a repeated update can succeed. A parameter that the update did not
 load is an error (vLLM only logs it).
 
 Loaded by vLLM as a general plug-in (entry point `grpo_store`) in every process, and as the worker extension class of
@@ -19,9 +19,11 @@ import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from grpo_worker.protocol.messages import ApplyWeightsRequest
 from grpo_worker.rollout.options import BACKEND
 from grpo_worker.rollout.orphan import end_with_parent
-from grpo_worker.weightsync.manifest import SnapshotManifest
+from grpo_worker.weightsync.broadcast import WeightDigest, WeightGroup
+from grpo_worker.weightsync.manifest import SnapshotManifest, TensorSpec
 
 
 def register() -> None:
@@ -38,8 +40,12 @@ class StoreInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class StoreUpdateInfo(WeightTransferUpdateInfo):
-    path: str  # of the staging memory
-    manifest: bytes  # msgpack of `SnapshotManifest`; every checksum has been compared with the staged bytes
+    """Of staged weights, or of those that come over a group."""
+
+    path: str = ""  # of the staging memory
+    manifest: bytes = b""  # msgpack of `SnapshotManifest`; every checksum has been compared with the staged bytes
+    group: bytes = b""  # msgpack of the `ApplyWeightsRequest`, whose place is the engine's first worker's
+    tensors: bytes = b""  # msgpack of `list[TensorSpec]`
 
 
 class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
@@ -51,6 +57,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._staged: tuple[str, mmap.mmap] | None = None
+        self._group: WeightGroup | None = None
         self._pending: tuple[int, str] | None = None
         self.applied: tuple[int, str] | None = None  # version and digest of the weights that the model has
 
@@ -61,30 +68,58 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self._pending = None
 
     def receive_weights(self, update_info: StoreUpdateInfo) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
+        if update_info.group:
+            self._receive(update_info)
+            return
         manifest = msgspec.msgpack.decode(update_info.manifest, type=SnapshotManifest)
         data = self._map(update_info.path, manifest.total_bytes)
+        self._load(self._tensors(manifest, data))
+        self._pending = (manifest.version, manifest.digest)
+
+    def _receive(self, update_info: StoreUpdateInfo) -> None:
+        """Over a group, which is kept for the next version; another one is left, and one that fails."""
+        request = msgspec.msgpack.decode(update_info.group, type=ApplyWeightsRequest)
+        assert request.group is not None
+        place = msgspec.structs.replace(request.group, rank=request.group.rank + self.parallel_config.rank)
+        group, self._group = self._group, None
+        if group is not None and group.place != place:
+            group.close()
+            group = None
+        if group is None:
+            group = WeightGroup(place, self.device)
+        digest = WeightDigest()
+        try:
+            self._load(group.receive(msgspec.msgpack.decode(update_info.tensors, type=list[TensorSpec]), digest))
+        except BaseException:
+            group.close()
+            raise
+        self._group = group
+        self._pending = (request.version, digest.hexdigest())
+
+    def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
         parameters = {name for name, _ in self.model.named_parameters()}
         self.applied = None
         initialize_layerwise_reload(self.model)
         try:
-            loaded = cast(Any, self.model).load_weights(self._tensors(manifest, data))
+            loaded = cast(Any, self.model).load_weights(tensors)
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
         self._process_tied_layers()
         if loaded is not None and (left := sorted(parameters - loaded)):
-            raise RuntimeError(
-                f"version {manifest.version} did not load {len(left)} parameters of the model: {', '.join(left[:5])}"
-            )
-        self._pending = (manifest.version, manifest.digest)
+            raise RuntimeError(f"the update did not load {len(left)} parameters of the model: {', '.join(left[:5])}")
 
     def finish_weight_update(self) -> None:
-        # vLLM's own session flag survives an error raised here, so everything that can fail was done before.
-        self.applied = self._pending
+        # vLLM's own session flag survives an error raised here, so everything that can fail was done before. Nothing is pending where
+        # only the session of an update that failed is closed.
+        self.applied = self._pending or self.applied
 
     def shutdown(self) -> None:
         self._staged = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[Any], trainer_args: dict[str, Any] | Any) -> None:

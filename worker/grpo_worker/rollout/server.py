@@ -77,12 +77,15 @@ class RolloutServer:
 
     async def _weights(self, request: web.Request) -> web.StreamResponse:
         message: ApplyWeightsRequest = await self._read(request, ApplyWeightsRequest)
-        if message.version != message.store.version or message.timeout_seconds <= 0:
+        store = message.store
+        if (store is None) == (message.group is None) or (store and message.version != store.version):
             raise refused(
                 400,
                 "InvalidRequest",
-                f"version {message.version} with store version {message.store.version}, timeout {message.timeout_seconds}",
+                f"version {message.version} must come either from a store that has it, or over a group (store: {store}, group: {message.group})",
             )
+        if message.timeout_seconds <= 0:
+            raise refused(400, "InvalidRequest", f"timeout_seconds is {message.timeout_seconds}, must be positive")
         task = asyncio.create_task(self._engine.apply_weights(message))
         try:
             reply = await asyncio.shield(task)

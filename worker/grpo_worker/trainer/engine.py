@@ -23,7 +23,6 @@ from grpo_worker.protocol.messages import (
     SaveStatusReply,
     SaveStatusRequest,
     StopRequest,
-    StoreSource,
     TrainBatch,
     TrainerReply,
     TrainerRequest,
@@ -49,8 +48,6 @@ from grpo_worker.trainer.update import TrainerState, Updater, compute_log_probs,
 from grpo_worker.trainer.user_loss import policy_loss
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore
-
-UNUSED_SOURCE = StoreSource(host="", port=0, version=-1, digest="", total_bytes=0)
 
 
 class TrainerEngine:
@@ -160,9 +157,7 @@ class TrainerEngine:
         return UpdateReply(metrics=self.updater.update(sequences, request.step, request.total_steps))
 
     def publish(self, request: PublishRequest) -> PublishReply:
-        started = time.perf_counter()
-        source = self.publisher.publish(self.model, request.version)
-        return PublishReply(store=source or UNUSED_SOURCE, seconds=time.perf_counter() - started)
+        return self.publisher.publish(self.model, request, self.state.updates)
 
     def save_status(self, wait_seconds: float) -> SaveStatusReply:
         """Not collective: any thread may ask at any time."""

@@ -1,22 +1,29 @@
-"""The policy's weights, whole and in the rollout's dtype, into the snapshot that replicas pull.
+"""The policy's weights, whole and in the rollout's dtype, into the snapshot that replicas pull, or to the group of their workers.
 
 Invariant: every rank gathers every parameter in the same order, whatever rank 0 does with it; rank 0 asks the store for
-room before the first gather, so a refusal is known to all ranks before any of them waits for another.
+room before the first gather, so a refusal is known to all ranks before any of them waits for another. A group that fails is no
+failure of the trainer.
 """
 
-from contextlib import nullcontext
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol import codec
-from grpo_worker.protocol.messages import ErrorReply, StoreSource
+from grpo_worker.protocol.messages import ErrorReply, GroupPlace, PublishReply, PublishRequest
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes
 from grpo_worker.trainer.failures import OperationRefused, as_error
 from grpo_worker.trainer.model import PolicyModel, gathered_parameters, named_parameters
-from grpo_worker.weightsync.manifest import TensorSpec
+from grpo_worker.weightsync.broadcast import WeightGroup, WeightGroupError, open_meeting_point
+from grpo_worker.weightsync.manifest import TensorSpec, VersionNotHeldError
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore, SnapshotWriter, dtype_name
+
+log = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -35,17 +42,63 @@ class Publisher:
         self.store = store
         self.server = server
         self.advertised_host = advertised_host
+        self._published: tuple[int, int] | None = None  # version, and the optimizer's updates then
+        self._meeting_point = open_meeting_point() if ranks.is_first else None
+        self._group: WeightGroup | None = None
 
-    def publish(self, model: PolicyModel, version: int) -> StoreSource | None:
-        """The source on rank 0, None elsewhere. Collective. Raises OperationRefused when the store has no room."""
-        with self._begin(model, version) or nullcontext() as writer:
-            for name, tensor in gathered_parameters(model, self.dtype, self.ranks.device):
-                if writer is not None:
-                    writer.write(name, tensor)
-            if writer is None:
-                return None
-            assert self.server is not None
-            return self.server.source(writer.commit(), self.advertised_host)
+    def publish(self, model: PolicyModel, request: PublishRequest, updates: int) -> PublishReply:
+        """Collective. What it says of places is rank 0's. Raises OperationRefused: the store has no room, or an older version is asked for.
+
+        Args:
+            updates: the optimizer's so far.
+        """
+        started = time.perf_counter()
+        if self._published is not None:
+            newest, then = self._published
+            if request.version < newest or (request.version == newest and updates != then):
+                raise OperationRefused(
+                    VersionNotHeldError(f"version {request.version} is gone: the trainer's weights have changed since")
+                )
+        writer = self._begin(model, request.version) if request.store else None
+        tensors = gathered_parameters(model, self.dtype, self.ranks.device)
+        store, digest, error = None, "", ""
+        try:
+            if writer is not None:
+                tensors = _written(tensors, writer)
+            if request.group is not None and self.ranks.is_first:
+                try:
+                    digest = self._send(model, tensors, request.group)
+                except WeightGroupError as failure:
+                    log.warning("version %d: %s", request.version, failure)
+                    error = str(failure)
+            deque(tensors, maxlen=0)  # what is left: every rank gathers every parameter
+            if writer is not None:
+                assert self.server is not None
+                store = self.server.source(writer.commit(), self.advertised_host)
+        finally:
+            if writer is not None:
+                writer.abandon()
+        self._published = (request.version, updates)
+        return PublishReply(
+            store=store, digest=digest, group_error=error, seconds=time.perf_counter() - started,
+            meeting_port=self._meeting_point.port if self._meeting_point else 0,
+        )  # fmt: skip
+
+    def _send(self, model: PolicyModel, tensors: Iterator[tuple[str, torch.Tensor]], place: GroupPlace) -> str:
+        """The digest. Another group is left; one that fails is forgotten."""
+        group, self._group = self._group, None
+        if group is not None and group.place != place:
+            group.close()
+            group = None
+        if group is None:
+            group = WeightGroup(place, self.ranks.device)
+        try:
+            digest = group.send(tensors, tensor_specs(model, self.dtype))
+        except BaseException:
+            group.close()
+            raise
+        self._group = group
+        return digest
 
     def _begin(self, model: PolicyModel, version: int) -> SnapshotWriter | None:
         writer, refusal = None, b""
@@ -66,3 +119,9 @@ class Publisher:
 
 def tensor_specs(model: PolicyModel, dtype: torch.dtype) -> list[TensorSpec]:
     return [TensorSpec(name, tuple(p.shape), dtype_name(dtype)) for name, p in named_parameters(model)]
+
+
+def _written(tensors: Iterator[tuple[str, torch.Tensor]], writer: SnapshotWriter) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        writer.write(name, tensor)
+        yield name, tensor
