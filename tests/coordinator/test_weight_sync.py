@@ -378,3 +378,19 @@ async def test_an_engine_gets_no_prompt_before_its_digest_is_that_of_the_trainer
         released.set()
         await publishing
         assert serving(here) == ["rollout-0"]
+
+
+async def test_groups_that_fail_again_and_again_are_given_up() -> None:
+    engine = Engine("rollout-0")
+    async with world(engine, version=0, workers_in_group=1) as here, joining(here):
+        for version in (1, 2, 3):
+            engine.digest = "other bytes"
+            await publish(here, version)
+            assert asked(here)[-1][2] == 2
+            engine.digest = None
+            await until_serving(here, "rollout-0")
+        await publish(here, 4)
+        assert asked(here)[-1] == (4, True, 0)
+        assert serving(here) == ["rollout-0"]
+        (given_up,) = [text for _, reason, text in here.events if reason == "WeightGroupsGivenUp"]
+        assert "3 groups in a row failed" in given_up

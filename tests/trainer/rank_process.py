@@ -7,12 +7,14 @@ OUTPUT holds. The ranks are those of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PO
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace as replace_field
 from trainer_helpers import (
     batch_message,
     options_for,
@@ -24,13 +26,22 @@ from trainer_helpers import (
 
 from grpo_worker.checkpoint import write_manifest
 from grpo_worker.errors import GRPOError
-from grpo_worker.protocol.messages import LoadRequest, LogProbsRequest, PublishRequest, SaveRequest, UpdateRequest
+from grpo_worker.protocol.messages import (
+    GroupPlace,
+    LoadRequest,
+    LogProbsRequest,
+    PublishRequest,
+    SaveRequest,
+    UpdateRequest,
+)
 from grpo_worker.trainer import hf_format, loop
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes, join, leave, make_mesh
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused
 from grpo_worker.trainer.main import run_rank
 from grpo_worker.trainer.model import build_policy
+from grpo_worker.trainer.publish import tensor_specs
+from grpo_worker.weightsync.broadcast import WeightDigest, WeightGroup
 
 LENGTHS = [(5, 7), (3, 20), (10, 4), (6, 6), (2, 1), (4, 11), (8, 3), (1, 9)]
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
@@ -101,7 +112,7 @@ def straight(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
         "metrics": metrics,
         "log_probs": reply.log_probs.numpy().tolist(),  # type: ignore[union-attr]
         "ref_log_probs": reply.ref_log_probs.numpy().tolist(),  # type: ignore[union-attr]
-        "digest": source.digest,
+        "digest": source.digest if source else "",
         "published": names,
         "copies_alike": all(torch.equal(c[name], value) for c in every_copy for name, value in parameters.items()),
     }
@@ -123,7 +134,50 @@ def resumed(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
         "parameters": parameters,
         "noise": noise,
         "metrics": metrics,
-        "digest": source.digest,
+        "digest": source.digest if source else "",
+    }
+
+
+def broadcasting(model: Path, ranks: Ranks, _: Path) -> Any:
+    """Versions over a group whose other member is a thread of rank 0; what comes of a member that never comes; older versions."""
+    engine = TrainerEngine(options_for(model), ranks)
+    specs = tensor_specs(engine.model, torch.float32)
+    port = engine.run(PublishRequest(version=0)).meeting_port  # type: ignore[union-attr]
+    place = GroupPlace(
+        host="127.0.0.1", port=port, generation=1, rank=0, world_size=2, patience_seconds=20.0, bucket_bytes=20_000
+    )
+
+    def take() -> list[tuple[dict[str, torch.Tensor], str]]:
+        group, taken = WeightGroup(replace_field(place, rank=1), torch.device("cpu")), []
+        for _ in range(2):
+            digest = WeightDigest()
+            taken.append((dict(group.receive(specs, digest)), digest.hexdigest()))
+        return taken
+
+    taking = ThreadPoolExecutor(1).submit(take) if ranks.is_first else None
+    models, replies = [], []
+    for version in (1, 2):
+        train(engine, version, version)
+        models.append(whole_parameters(engine.model))
+        replies.append(engine.run(PublishRequest(version=version, store=version == 2, group=place)))
+    alone = replace_field(place, generation=2, patience_seconds=0.5)
+    lost = engine.run(PublishRequest(version=2, store=False, group=alone))
+    stored = engine.run(PublishRequest(version=2))
+    train(engine, 3, 3)
+    said = []
+    for version in (2, 1):
+        try:
+            engine.run(PublishRequest(version=version))
+        except OperationRefused as refusal:
+            said.append((type(refusal.error).__name__, str(refusal)))
+    engine.close()
+    return {
+        "models": models,
+        "replies": replies,
+        "taken": taking and taking.result(20),
+        "lost": lost,
+        "stored": stored,
+        "said": said,
     }
 
 
@@ -212,6 +266,7 @@ def main() -> None:
             "straight": straight,
             "resumed": resumed,
             "damaged": damaged,
+            "broadcasting": broadcasting,
             "loading": loading,
         }[name]
         results[scenario] = run(model, ranks, Path(checkpoint))

@@ -14,7 +14,7 @@ import torch
 from trainer_helpers import batch_message, options_for, plain_log_probs, save_tiny_model
 
 from grpo_worker.checkpoint import write_manifest
-from grpo_worker.protocol.messages import Array
+from grpo_worker.protocol.messages import Array, PublishRequest
 from grpo_worker.trainer.batch import Sequences
 from grpo_worker.trainer.distributed import Ranks, join
 from grpo_worker.trainer.engine import TrainerEngine
@@ -64,7 +64,7 @@ def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change:
     assert status.done and not status.error
     write_manifest(tmp_path / "checkpoint", status.files, epoch=0, step=2)
     assert actual.shards.load(tmp_path / "checkpoint").step == 2
-    source = actual.publisher.publish(actual.model, 1)
+    source = actual.publish(PublishRequest(version=1)).store
     assert source is not None and source.total_bytes > 0
     wanted.close()
     actual.close()

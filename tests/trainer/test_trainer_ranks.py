@@ -49,7 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(model: Path, checkpoints: dict[int, Path]) -> Any:
-    scenarios = ["gradients", f"straight={checkpoints[2]}"]
+    scenarios = ["gradients", f"straight={checkpoints[2]}", "broadcasting"]
     results = run(model, checkpoints[2].with_suffix(".pt"), 2, scenarios)
     return {name.partition("=")[0]: result for name, result in results.items()}
 
@@ -238,3 +238,23 @@ def test_published_tensors_are_the_checkpoints_names_in_order(model: Path, unbro
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     expected = [(name, tuple(p.shape), "float32") for name, p in plain.named_parameters()]
     assert unbroken[1]["published"] == unbroken[2]["published"] == expected
+
+
+def test_a_group_gets_the_gathered_model_and_the_trainer_survives_a_group_that_fails(on_two_ranks: Any) -> None:
+    seen = on_two_ranks["broadcasting"]
+    for model, reply, (tensors, digest) in zip(seen["models"], seen["replies"], seen["taken"], strict=True):
+        assert tensors.keys() <= model.keys()
+        assert all(torch.equal(tensor, model[name]) for name, tensor in tensors.items())
+        assert (reply.digest, reply.group_error) == (digest, "")
+    first, second = seen["replies"]
+    assert first.store is None
+    assert second.store.version == 2
+    assert "weight group 2 of 2 members failed: its members did not meet" in seen["lost"].group_error
+    assert (seen["lost"].store, seen["lost"].digest) == (None, "")
+    assert seen["stored"].store.digest == second.store.digest
+
+
+def test_a_version_that_the_trainer_has_no_more_is_refused(on_two_ranks: Any) -> None:
+    said = on_two_ranks["broadcasting"]["said"]
+    assert [kind for kind, _ in said] == ["VersionNotHeldError"] * 2
+    assert [text.partition(":")[0] for _, text in said] == ["version 2 is gone", "version 1 is gone"]

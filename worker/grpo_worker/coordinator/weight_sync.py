@@ -34,6 +34,7 @@ ANSWER_SECONDS = 10.0  # that an engine has, after the limit, to say itself what
 MISMATCH = "WeightsMismatch"  # the tensors do not fit the engine's model: trying again cannot help
 
 
+MAX_GROUP_FAILURES = 3  # in a row, for every engine: then the store it is
 SENDER = 0  # rank of the trainer in a group
 NOT_HELD = "VersionNotHeld"  # the trainer's weights have changed since
 
@@ -104,6 +105,7 @@ class WeightSync:
         self._source: StoreSource | None = None  # of that version, or of an older one
         self._meeting_port = 0
         self._group: Group | None = None
+        self._group_failures = 0
         self._generations = itertools.count(1)
         self._storing = asyncio.Lock()
         self._applying: asyncio.Task[SyncReport] | None = (
@@ -205,6 +207,7 @@ class WeightSync:
                 "warning", "WeightSyncFailed",
                 f"{member.name} has weights of version {version} with digest {reply.digest[:16]}, the trainer sent {trainers.digest[:16] or 'nothing whole'}",
             )  # fmt: skip
+        self._group_failures = 0 if report.replies else self._group_failures + 1
         if len(report.replies) < len(group.engines):
             self._group = None
             self._emit(
@@ -212,6 +215,14 @@ class WeightSync:
                 f"{len(report.replies)} of {len(group.engines)} engines took version {version} over group {group.generation}"
                 f"{': ' + trainers.group_error if trainers.group_error else ''}. The others take it from the store.",
             )  # fmt: skip
+        if self._group_failures == MAX_GROUP_FAILURES:
+            self._workers_in_group = 0
+            self._emit(
+                "warning",
+                "WeightGroupsGivenUp",
+                f"{MAX_GROUP_FAILURES} groups in a row failed: from now on weights go by the store. Set network.weightSync to store, or see the "
+                "trainer's log for what stands between it and the engines.",
+            )
         return report
 
     async def settled(self) -> SyncReport:

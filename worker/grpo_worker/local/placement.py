@@ -45,6 +45,11 @@ def place(spec: Spec, machine: Machine) -> list[Process]:
     if device == "cuda" and not machine.gpus:
         raise ConfigError("runtime.device: cuda, but this machine has no GPU. Set it to auto or cpu.")
     gpus = machine.gpus if device != "cpu" else ()
+    if spec.network.weight_sync == "nccl" and 0 < len(gpus) < spec.devices:
+        raise ConfigError(
+            f"network.weightSync: nccl needs a GPU for each trainer rank and each engine's worker, {spec.devices} in all, and this machine "
+            f"has {len(gpus)}: they would share, which NCCL cannot. Set it to store."
+        )
     ranks, engines = spec.trainer.nodes * spec.trainer.gpus_per_node, spec.rollout.replicas
     # Idle threads sleep: processes that share cores would otherwise spin against each other (seen: a 20 times longer update).
     threads = {"OMP_NUM_THREADS": str(_threads(spec, machine, ranks, engines)), "OMP_WAIT_POLICY": "PASSIVE"}
