@@ -72,6 +72,17 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_told() -> None:
         placed(runtime={"device": "cuda"})
 
 
+def test_nccl_needs_gpus_of_their_own() -> None:
+    rollout = {"replicas": 2, "tensorParallelSize": 2}
+    asked: dict[str, Any] = {"network": {"weightSync": "nccl"}, "rollout": rollout}
+    placed(gpus=("0", "1", "2", "3", "4"), **asked)
+    placed(gpus=(), **asked)  # over Gloo
+    with pytest.raises(
+        ConfigError, match=r"network.weightSync: nccl needs .* 5 in all, and this machine has 4: they would share"
+    ):
+        placed(gpus=("0", "1", "2", "3"), **asked)
+
+
 @pytest.mark.parametrize(
     ("cores", "ranks", "replicas", "staleness", "threads"),
     [

@@ -1,4 +1,5 @@
-"""2N steps are N steps, kill -9 of every process, resume, N steps: bit for bit (maxStaleness 0, CPU, float32)."""
+"""2N steps are N steps, kill -9 of every process, resume, N steps: bit for bit (maxStaleness 0, CPU, float32), whether weights go by the
+store or over a group."""
 
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def optimizer_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     workspace = Workspace.make(tmp_path)
-    job = workspace.job()
-    with Run(workspace, job, "whole") as whole:
+    with Run(workspace, workspace.job(), "whole") as whole:
         assert whole.finish() == 0, whole.output()
+    job = workspace.job(network={"weightSync": "nccl"})
     with Run(workspace, job, "cut") as cut:
         cut.wait_until(lambda: len(cut.checkpoints()) >= 2 and cut.steps() >= 2)
         cut.kill_everything()
@@ -35,6 +36,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> 
     with Run(workspace, job, "cut") as resumed:
         assert resumed.finish() == 0, resumed.output()
     assert "Resuming from" in resumed.output()
+    assert [line["weight_sync/pull_seconds"] > 0 for line in whole.lines("metrics.jsonl")] == [True] * 4
+    assert [line["weight_sync/pull_seconds"] for line in resumed.lines("metrics.jsonl")[-2:]] == [0.0] * 2
+    assert not [event for event in resumed.lines("events.jsonl") if event["reason"].startswith("Weight")]
 
     assert resumed.lines("ledger.jsonl") == whole.lines("ledger.jsonl")
     metrics = repeatable(whole.lines("metrics.jsonl"))

@@ -301,7 +301,7 @@ class RolloutEngine:
         ended = time.perf_counter()
         return ApplyWeightsReply(
             version=cast(int, self.weight_version), digest=cast(str, self.weight_digest), bytes=layout(self._tensors)[1],
-            pull_seconds=pulled - started, apply_seconds=apply_seconds, pause_seconds=ended - paused, total_seconds=ended - started,
+            pull_seconds=pulled - started if request.store else 0.0, apply_seconds=apply_seconds, pause_seconds=ended - paused, total_seconds=ended - started,
         )  # fmt: skip
 
     def _pull(self, store: StoreSource, deadline: float) -> None:
