@@ -37,11 +37,12 @@ def ranks() -> Ranks:
     [
         {"model": {"compile": False}},
         {"model": {"compile": True}},
+        {"model": {"compile": True, "gradientCheckpointing": "selective"}},
         {"model": {"compile": False, "useRemovePadding": False}},
         {"model": {"compile": False, "dtype": "float32"}},
         {"actor": {"optim": {"lr": 1e-3}, "fsdp": {"paramOffload": True, "optimizerOffload": True}}},
     ],
-    ids=["packed", "compiled", "padded", "float32", "offloaded"],
+    ids=["packed", "compiled", "selective", "padded", "float32", "offloaded"],
 )
 def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change: dict[str, Any]) -> None:
     model = save_tiny_model(tmp_path / "model", **WIDE)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
 from trainer_helpers import (
     options_for,
     recorded_update,
@@ -214,13 +215,35 @@ def test_an_update_that_cannot_make_old_log_probs_asks_for_them(
         updater_for(options_for(model)).check(neither)
 
 
-@pytest.mark.parametrize("change", [{"enableGradientCheckpointing": False}, {"headChunkSize": 5}, {"compile": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"enableGradientCheckpointing": False},
+        {"gradientCheckpointing": "selective"},
+        {"headChunkSize": 5},
+        {"compile": False},
+    ],
+)
 def test_memory_savers_do_not_change_the_gradient(model: Path, change: dict[str, Any]) -> None:
     sequences = sequences_of(LENGTHS)
     loss = {"entropyCoeff": 0.05}
     usual = recorded_update(options_for(model, actor=loss), sequences, single_rank())[0][0]
     changed = recorded_update(options_for(model, actor=loss, model=change), sequences, single_rank())[0][0]
     assert relative_difference(changed, usual) < 1e-6
+
+
+def test_full_recomputation_repeats_the_layers_and_selective_no_matrix_product(model: Path) -> None:
+    def operations(**section: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            recorded_update(options_for(model, model=section), sequences_of(LENGTHS), single_rank())
+        return int(counter.get_total_flops())
+
+    once = operations(enableGradientCheckpointing=False)
+    assert operations(gradientCheckpointing="selective") == once
+    # A multiplication and an addition for each weight and token. Nothing in the backward pass needs what a layer's last product gives.
+    layers = AutoModelForCausalLM.from_pretrained(model).model.layers
+    weights = [p.numel() for name, p in layers.named_parameters() if p.ndim == 2 and "down_proj" not in name]
+    assert operations() - once == 2 * sum(weights) * sum(prompt + response for prompt, response in LENGTHS)
 
 
 @pytest.mark.parametrize("change", [{"paramOffload": True}, {"optimizerOffload": True}])

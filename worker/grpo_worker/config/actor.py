@@ -40,6 +40,11 @@ class Model(Section):
         "Recompute each layer's activations in the backward pass.",
         verl="actor_rollout_ref.model.enable_gradient_checkpointing",
     )
+    gradient_checkpointing: Literal["full", "selective"] = field(
+        "full",
+        "What is recomputed. full: whole layers, a third more work. selective: all but the results of matrix products and attention, "
+        "which are kept: next to no more work, and more memory.",
+    )
     compile: bool | None = field(None, "torch.compile the layers; default on GPU only.", verl="actor.use_torch_compile")
     head_chunk_size: int | None = field(
         None,

@@ -7,15 +7,16 @@ are the checkpoint's.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -139,7 +140,11 @@ def build_policy(
     offload = CPUOffloadPolicy(pin_memory=options.device == "cuda") if param_offload else OffloadPolicy()
     # Where a rank has the whole model, nothing is gained by freeing the gathered parameters between forward and backward.
     reshard = mesh["shard"].size() > 1 or param_offload
-    wrap_layers(model, options.compile, section.enable_gradient_checkpointing and trainable)
+    wrap_layers(
+        model,
+        options.compile,
+        section.gradient_checkpointing if section.enable_gradient_checkpointing and trainable else None,
+    )
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
@@ -166,23 +171,41 @@ def set_reductions(model: PolicyModel, mesh: DeviceMesh, fsdp: ActorFSDP, last: 
     module.set_reshard_after_backward(each or not whole)
 
 
-def wrap_layers(model: PolicyModel, compile: bool, checkpointed: bool) -> None:
-    """Compile, then checkpoint, each layer's forward. FSDP's hooks stay outside: recomputation gathers nothing again."""
+def wrap_layers(model: PolicyModel, compile: bool, recompute: Literal["full", "selective"] | None) -> None:
+    """Compile and checkpoint each layer's forward. FSDP's hooks stay outside: recomputation gathers nothing again."""
     for layer in model.layers:
-        _wrap_forward(layer, compile, checkpointed)
+        forward: Callable[..., Any] = layer.forward
+        if recompute == "selective":  # inside what is compiled, whose partitioner then knows what to keep
+            forward = _checkpointed(
+                forward, context_fn=partial(create_selective_checkpoint_contexts, _kept_operators())
+            )
+        if compile:
+            forward = torch.compile(forward, dynamic=True)
+        if recompute == "full":
+            forward = _checkpointed(forward)
+        layer.forward = forward
 
 
-def _wrap_forward(layer: nn.Module, compile: bool, checkpointed: bool) -> None:
-    forward: Callable[..., Any] = layer.forward
-    if compile:
-        forward = torch.compile(forward, dynamic=True)
-    if checkpointed:
-        inner = forward
+def _checkpointed(inner: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **settings, **kwargs)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return forward
 
-    layer.forward = forward
+
+def _kept_operators() -> list[Any]:
+    """Matrix products and attention, whichever of them this PyTorch has."""
+    names = (
+        "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._grouped_mm", "aten._scaled_dot_product_flash_attention",
+        "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_efficient_attention",
+        "aten._scaled_dot_product_cudnn_attention", "torch_attn._varlen_attn",
+    )  # fmt: skip
+    packets = (name.split(".") for name in names)
+    return [
+        getattr(getattr(torch.ops, space), name).default
+        for space, name in packets
+        if hasattr(getattr(torch.ops, space), name)
+    ]
 
 
 def named_parameters(model: PolicyModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -89,7 +89,7 @@ class Specimen:
             lm = self.build(attention_implementation(self.config, packed))
             lm.load_state_dict(self.parameters)
             model = PolicyModel(lm, packed, CHUNK_TOKENS, self.own_logit_scale)
-            wrap_layers(model, compile=False, checkpointed=True)
+            wrap_layers(model, compile=False, recompute="full")
             batch = collate(self.sequences, range(self.sequences.count), packed, torch.device("cpu"))
             log_probs, _ = model(batch, 1.0)
             gradient = _gradient(lm, log_probs)
