@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {ranks: folder / f"of-{ranks}" for ranks in (1, 2, 4)}
+    return {ranks: folder / f"of-{ranks}" for ranks in (1, 2, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def on_two_ranks(model: Path, checkpoints: dict[int, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def in_two_copies(model: Path, checkpoints: dict[int, Path]) -> Any:
-    """Four ranks, of which two share a copy of the model."""
-    scenarios = ["reductions", f"straight={checkpoints[4]}", f"resumed={checkpoints[4]}"]
+    """Eight ranks, of which four share a copy of the model, as on two nodes."""
+    scenarios = ["reductions", f"straight={checkpoints[8]}", f"resumed={checkpoints[8]}", "broadcasting"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARD_SIZE", "2")
-        results = run(model, checkpoints[4].with_suffix(".pt"), 4, scenarios)
+        patch.setenv("SHARD_SIZE", "4")
+        results = run(model, checkpoints[8].with_suffix(".pt"), 8, scenarios)
     return {name.partition("=")[0]: result for name, result in results.items()}
 
 
@@ -145,7 +145,7 @@ def test_steps_save_load_steps_equal_unbroken_steps_bit_for_bit(
 
 
 @pytest.mark.parametrize("when", ["auto", "microBatch", "update"])
-@pytest.mark.parametrize("shard_size", [1, 2, 4])
+@pytest.mark.parametrize("shard_size", [1, 4, 8])
 def test_copies_of_the_model_and_late_reductions_have_the_gradient_of_one_rank(
     model: Path, in_two_copies: Any, shard_size: int, when: str
 ) -> None:
@@ -166,7 +166,7 @@ def test_two_copies_of_the_model_train_save_resume_and_publish_as_one(
     assert resumed["digest"] == straight["digest"] and torch.equal(resumed["noise"], straight["noise"])
     # Each shard was written once, not once a copy: weights and two moments, float32.
     values = sum(value.numel() for value in straight["parameters"].values())
-    shards = sum(path.stat().st_size for path in (checkpoints[4] / "state").glob("*.distcp"))
+    shards = sum(path.stat().st_size for path in (checkpoints[8] / "state").glob("*.distcp"))
     assert 3 * 4 * values < shards < 1.5 * 3 * 4 * values
 
 
@@ -240,8 +240,11 @@ def test_published_tensors_are_the_checkpoints_names_in_order(model: Path, unbro
     assert unbroken[1]["published"] == unbroken[2]["published"] == expected
 
 
-def test_a_group_gets_the_gathered_model_and_the_trainer_survives_a_group_that_fails(on_two_ranks: Any) -> None:
-    seen = on_two_ranks["broadcasting"]
+@pytest.mark.parametrize("ranks", ["on_two_ranks", "in_two_copies"])
+def test_a_group_gets_the_gathered_model_and_the_trainer_survives_a_group_that_fails(
+    ranks: str, request: pytest.FixtureRequest
+) -> None:
+    seen = request.getfixturevalue(ranks)["broadcasting"]
     for model, reply, (tensors, digest) in zip(seen["models"], seen["replies"], seen["taken"], strict=True):
         assert tensors.keys() <= model.keys()
         assert all(torch.equal(tensor, model[name]) for name, tensor in tensors.items())
