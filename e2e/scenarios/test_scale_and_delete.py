@@ -5,7 +5,9 @@ from e2e.scenarios.training import Tenant
 
 
 def test_rollouts_scale_up_and_down_while_training_goes_on(tenant: Tenant) -> None:
-    job = tenant.submit("scaled", trainer={"testFreq": 0}, checkpoint={"saveFreq": 0})
+    """Weights go over groups of the pods that there are, made anew when one comes or goes."""
+    quiet = {"trainer": {"testFreq": 0}, "checkpoint": {"saveFreq": 0}}
+    job = tenant.submit("scaled", **quiet, network={"weightSync": "nccl"})
     job.until_step(2)
     steady = job.uids("coordinator") | job.uids("trainer") | job.uids("rollout")
 
@@ -22,6 +24,8 @@ def test_rollouts_scale_up_and_down_while_training_goes_on(tenant: Tenant) -> No
     job.until_step(step + 2)
     assert steady == {pod["metadata"]["uid"] for pod in job.pods().values()}
     assert job.status()["restarts"] == 0 and job.status()["attempt"] == 0
+    synced = [(line["weight_sync/engines"], line["weight_sync/pull_seconds"]) for line in job.records("metrics.jsonl")]
+    assert synced[-1] == (1, 0) and (2, 0) in synced, synced
 
     assert len({line.partition("/")[0] for line in job.children()}) == 6
     job.delete()  # while it trains
