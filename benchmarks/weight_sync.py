@@ -63,7 +63,7 @@ def trainer(pipe: Connection, total_bytes: int, device: torch.device) -> None:
     server = WeightServer(store, "127.0.0.1", 0, "token")
     raw = torch.randint(0, 255, (sum(spec.size_bytes for spec in specs),), dtype=torch.uint8)
     listener = socket.create_server(("127.0.0.1", 0))
-    meeting_point = open_meeting_point()
+    meeting_point = open_meeting_point("127.0.0.1")
     pipe.send((listener.getsockname()[1], specs, raw.numel(), meeting_point.port))
     group = WeightGroup(place(meeting_point.port, 0), device)
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -23,7 +23,7 @@ class Broadcaster:
     """The trainer's end of its groups."""
 
     def __init__(self) -> None:
-        self._meeting_point = open_meeting_point()
+        self._meeting_point = open_meeting_point("127.0.0.1")
         self._thread = ThreadPoolExecutor(1)
         self.group: WeightGroup | None = None
 

@@ -140,7 +140,7 @@ def resumed(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
 
 def broadcasting(model: Path, ranks: Ranks, _: Path) -> Any:
     """Versions over a group whose other member is a thread of rank 0; what comes of a member that never comes; older versions."""
-    engine = TrainerEngine(options_for(model), ranks)
+    engine = TrainerEngine(options_for(model, network={"weightSync": "nccl"}), ranks)
     specs = tensor_specs(engine.model, torch.float32)
     port = engine.run(PublishRequest(version=0)).meeting_port  # type: ignore[union-attr]
     place = GroupPlace(

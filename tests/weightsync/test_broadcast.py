@@ -1,5 +1,6 @@
 """What one member sends, all others have: over a real group, of Gloo."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def place() -> Callable[..., GroupPlace]:
     """Places of one trainer's groups."""
-    meeting_point = open_meeting_point()
+    meeting_point = open_meeting_point("127.0.0.1")
 
     def place(
         generation: int, rank: int, world_size: int, patience_seconds: float = 20, bucket_bytes: int = 64
@@ -179,3 +180,13 @@ def test_a_sender_that_is_lost_fails_the_receivers(place: Callable[..., GroupPla
     group.close()
     with pytest.raises(WeightGroupError):
         receiving.result(20)
+
+
+def test_the_meeting_point_listens_where_it_is_told_to_and_nowhere_else() -> None:
+    meeting_point = open_meeting_point("127.0.0.2")
+    socket.create_connection(("127.0.0.2", meeting_point.port), 5).close()
+    for elsewhere in ("127.0.0.1", "::1"):
+        with pytest.raises(OSError, match=r"refused|ddress"):
+            socket.create_connection((elsewhere, meeting_point.port), 5)
+    everywhere = open_meeting_point("0.0.0.0")
+    socket.create_connection(("127.0.0.3", everywhere.port), 5).close()

@@ -88,7 +88,14 @@ class TrainerEngine:
                 token,
                 timeout_seconds=network.member_timeout_seconds,
             )
-        self.publisher = Publisher(ranks, options.rollout_dtype, self.store, self.weights, options.advertised_host)
+        self.publisher = Publisher(
+            ranks,
+            options.rollout_dtype,
+            self.store,
+            self.weights,
+            options.advertised_host,
+            meeting_host=options.host if spec.network.weight_sync == "nccl" else "",
+        )
         self.shards = ShardStore(
             self.model,
             self.optimizer,

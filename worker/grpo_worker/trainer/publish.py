@@ -36,14 +36,16 @@ class Publisher:
         store: SnapshotStore | None,
         server: WeightServer | None,
         advertised_host: str,
+        meeting_host: str = "",
     ) -> None:
+        """`meeting_host`: address that a group's members meet at, bound by rank 0; '' where everything goes by the store."""
         self.ranks = ranks
         self.dtype = dtype
         self.store = store
         self.server = server
         self.advertised_host = advertised_host
         self._published: tuple[int, int] | None = None  # version, and the optimizer's updates then
-        self._meeting_point = open_meeting_point() if ranks.is_first else None
+        self._meeting_point = open_meeting_point(meeting_host) if meeting_host and ranks.is_first else None
         self._group: WeightGroup | None = None
 
     def publish(self, model: PolicyModel, request: PublishRequest, updates: int) -> PublishReply:

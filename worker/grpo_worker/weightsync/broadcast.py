@@ -5,6 +5,7 @@ digests mean equal weights. Nothing waits beyond its deadline. A group that fail
 """
 
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,9 +33,12 @@ class WeightGroupError(PeerLostError):
     reason = "WeightGroup"
 
 
-def open_meeting_point() -> dist.TCPStore:
-    """On the trainer's rank 0, for its life: where the members of each group find each other."""
-    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+def open_meeting_point(host: str) -> dist.TCPStore:
+    """On the trainer's rank 0, for its life: where the members of each group find each other. Left to itself it would listen on all
+    addresses, not on `host` alone."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def buckets(specs: Iterable[TensorSpec], limit_bytes: int) -> Iterator[list[TensorSpec]]:
