@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_worker.algorithms import CorrectionResult, Rejection, rollout_weights
+from grpo_worker.algorithms import CorrectionResult, Rejection, corrected, rollout_weights
+from grpo_worker.config.algorithm import RolloutCorrection
 from grpo_worker.errors import DataError, UsageError
 
 # Three sequences of 3, 2 and 1 tokens; log-ratios d = old - rollout.
@@ -233,3 +234,22 @@ def test_an_unknown_rejection_names_the_choices() -> None:
 def test_tensors_of_different_lengths_are_refused() -> None:
     with pytest.raises(DataError, match=r"rollout_log_probs has shape \(3,\), old_log_probs \(2,\)"):
         rollout_weights(torch.zeros(2), torch.zeros(3), torch.ones(2), torch.zeros(2), 1)
+
+
+def test_where_nothing_reads_the_engines_log_probs_some_may_be_missing() -> None:
+    """Weights and mask are as if all were there; the metrics are those of the sequences that have them."""
+    old, seq_ids = torch.tensor(OLD, dtype=torch.float64), torch.tensor(SEQ_IDS)
+    rollout = old - torch.tensor(D, dtype=torch.float64)
+    mask = torch.tensor([1, 0, 1, 1, 1, 1])
+    options = RolloutCorrection.model_validate({"rolloutIs": "none"})
+    missing = torch.where(seq_ids == 1, torch.nan, rollout)
+    found = corrected(old, missing, mask, seq_ids, 3, options)
+    assert found.weights.tolist() == found.mask.tolist() == [1, 0, 1, 1, 1, 1]
+    expected = corrected(old, rollout, mask * (seq_ids != 1), seq_ids, 3, options).metrics
+    assert found.metrics == pytest.approx(expected | {"training/rollout_log_probs_sequences": 2.0})
+    assert math.isfinite(sum(found.metrics.values()))
+    none = corrected(old, torch.full_like(old, torch.nan), mask, seq_ids, 3, options)
+    assert none.weights.tolist() == [1, 0, 1, 1, 1, 1]
+    assert none.metrics == {"training/rollout_log_probs_sequences": 0.0}
+    whole = corrected(old, rollout, mask, seq_ids, 3, options)
+    assert "training/rollout_log_probs_sequences" not in whole.metrics

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 
 import msgspec
+import numpy as np
 import pytest
 from aiohttp import web
 from coordinator_helpers import Engine, World, answer, good, groups, heartbeats, prompt, world
@@ -12,7 +13,7 @@ from grpo_worker.coordinator import member_client, weight_sync
 from grpo_worker.coordinator.dispatch import prompt_seed
 from grpo_worker.coordinator.groups import Group, GroupState
 from grpo_worker.errors import PeerLostError
-from grpo_worker.protocol.messages import GenerateRequest, GroupResult
+from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult
 
 pytestmark = pytest.mark.asyncio
 
@@ -369,6 +370,32 @@ async def test_without_a_seed_the_engine_draws_its_own() -> None:
     async with world(engine) as here:
         await dispatch(here, 1, atomic=True, seed=None)
     assert engine.requests[0].prompts[0].seed is None
+
+
+@pytest.mark.parametrize(("one_in", "least", "most"), [(1, 64, 64), (8, 2, 20), (0, 0, 0)])
+async def test_log_probs_are_asked_for_where_somebody_reads_them(one_in: int, least: int, most: int) -> None:
+    engine = Engine("rollout-0")
+    async with world(engine) as here:
+        await dispatch(here, 64, atomic=True, log_probs_one_in=one_in)
+        again = [here.options(log_probs_one_in=one_in).wants_log_probs(prompt(index).uid) for index in range(64)]
+    asked = {one.id: one.log_probs for request in engine.requests for one in request.prompts}
+    assert least <= sum(asked.values()) <= most
+    assert [asked[prompt(index).uid] for index in range(64)] == again
+
+
+async def test_samples_without_log_probs_are_marked_as_such() -> None:
+    async def without(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:
+        for one in request.prompts:
+            result = answer(one, request.sampling.n, engine.version)
+            samples = [msgspec.structs.replace(sample, log_probs=Array.of([], "float32")) for sample in result.samples]
+            await engine.write(stream, msgspec.structs.replace(result, samples=samples))
+        await engine.end(stream, request)
+
+    async with world(Engine("rollout-0", without)) as here:
+        (group,) = await dispatch(here, 1, atomic=True)
+    for sample in group.samples:
+        assert sample.log_probs.shape == sample.token_ids.shape
+        assert np.isnan(sample.log_probs).all()
 
 
 async def test_redispatched_prompts_are_counted() -> None:

@@ -72,6 +72,7 @@ async def test_greedy_pass_at_1_is_the_share_of_right_answers(
     assert sorted(served.asked) == [one.uid for one in PROMPTS]
     assert all(request.sampling.temperature == 0.0 and request.sampling.n == 1 for request in served.requests)
     assert all(one.seed is None for request in served.requests for one in request.prompts)
+    assert not any(one.log_probs for request in served.requests for one in request.prompts)
     assert [group.uid for group in result.groups] == [one.uid for one in PROMPTS]
 
 

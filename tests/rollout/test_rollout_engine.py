@@ -3,12 +3,13 @@
 import asyncio
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from replica_helpers import CONTEXT, Replica, Trainer, engine_options, request_of, tiny_model, until, weights
 
-from grpo_worker.protocol.messages import ApplyWeightsReply, GenerateRequest, GroupResult, VersionSpan
+from grpo_worker.protocol.messages import ApplyWeightsReply, Array, GenerateRequest, GroupResult, VersionSpan
 from grpo_worker.rollout.engine import RolloutEngine
 from grpo_worker.rollout.generation import generate as stream
 
@@ -148,6 +149,19 @@ def test_a_sample_depends_on_its_seed_and_index_and_not_on_its_batch(replica: Re
     assert [sample.token_ids.numpy().tolist() for sample in alone["x"].samples] == tokens[:2]
     everything = {tuple(sample.token_ids.numpy().tolist()) for group in many.values() for sample in group.samples}
     assert len(everything) == 24
+
+
+def test_log_probs_come_where_they_were_asked_for_and_change_no_token(replica: Replica, trainer: Trainer) -> None:
+    sync(replica, trainer, 9, 17)
+    prompts = {f"p{i}": [7, 8, 9] for i in range(4)}
+    request = request_of(prompts, n=3, temperature=1.0, seed=100, ignore_eos=False)
+    all_of_them = replica.generate(request)
+    asked = [msgspec.structs.replace(one, log_probs=one.id in ("p0", "p2")) for one in request.prompts]
+    some = replica.generate(msgspec.structs.replace(request, prompts=asked))
+    for name, group in all_of_them.items():
+        for sample, other in zip(group.samples, some[name].samples, strict=True):
+            assert other.token_ids == sample.token_ids
+            assert other.log_probs == (sample.log_probs if name in ("p0", "p2") else Array.of([], "float32"))
 
 
 def test_the_end_of_text_token_ends_a_sample_and_stays_in_it(replica: Replica) -> None:

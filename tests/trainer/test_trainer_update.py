@@ -194,6 +194,19 @@ def test_one_update_needs_no_pass_before_it(model: Path, loss_mode: str, correct
     assert other_metrics["actor/ppo_kl"] == 0.0
 
 
+def test_log_probs_that_did_not_come_from_the_engine_are_not_missed(model: Path) -> None:
+    options = options_for(model, algorithm={"rolloutCorrection": {"rolloutIs": "none"}})
+    whole = without_old_log_probs(sequences_of(LENGTHS))
+    some = whole.values["rollout_log_probs"].copy()
+    some[7:] = np.nan  # all but those of the first sequence
+    (gradient,), _ = recorded_update(options, whole, single_rank())
+    values = whole.values | {"rollout_log_probs": some}
+    (other,), metrics = recorded_update(options, replace(whole, values=values), single_rank())
+    assert all(torch.equal(other[name], gradient[name]) for name in gradient)
+    assert metrics["training/rollout_log_probs_sequences"] == 1.0
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 @pytest.mark.parametrize(
     ("document", "mini_batches"),
     [

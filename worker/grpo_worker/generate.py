@@ -98,7 +98,7 @@ def generate(
     request = GenerateRequest(
         request_id="generate",
         prompts=[
-            PromptRequest(id=str(index), token_ids=Array.of(ids, "int32"), seed=seed + index)
+            PromptRequest(id=str(index), token_ids=Array.of(ids, "int32"), seed=seed + index, log_probs=False)
             for index, ids in enumerate(token_ids)
         ],
         sampling=Sampling(

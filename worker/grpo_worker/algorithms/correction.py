@@ -138,8 +138,16 @@ def corrected(
     num_seqs: int,
     options: RolloutCorrection,
 ) -> CorrectionResult:
-    """`rollout_weights` with what the document says."""
+    """`rollout_weights` with what the document says. Where nothing is made of the engine's log-probs they may be NaN: the metrics are of
+    the sequences that have them, whose number is one of them."""
     lower = options.rollout_rs_lower_threshold
+    known = mask.bool() & ~rollout_log_probs.isnan()
+    if not options.reads_engine and bool((known != mask.bool()).any()):
+        seen = rollout_weights(old_log_probs, rollout_log_probs, known, seq_ids, num_seqs, level="none").metrics
+        sequences = float((count_by_sequence(known, seq_ids, num_seqs) > 0).sum())
+        return CorrectionResult(
+            mask.to(old_log_probs.dtype), mask, seen | {"training/rollout_log_probs_sequences": sequences}
+        )
     return rollout_weights(
         old_log_probs,
         rollout_log_probs,

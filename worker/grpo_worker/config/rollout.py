@@ -120,6 +120,11 @@ class Rollout(Section):
         "With maxStaleness of 1 and more, requests that run while weights are swapped go on with the KV cache that the old weights made; "
         "false computes it again with the new ones.",
     )
+    log_probs: Literal["auto", "all"] = field(
+        "auto",
+        "Samples that the engine returns log-probs of. all: every one. auto: every one where the update reads them (rolloutIs, rolloutRs, "
+        "bypassMode), else those of one prompt in eight, for the metrics of the mismatch. Agents' are always returned, validation's never.",
+    )
     cpu_kv_cache_gib: int = field(1, "KV cache of an engine on CPU.", unit="GiB", ge=1, le=65536)
     max_model_len: int | None = field(
         None,

@@ -47,6 +47,9 @@ from grpo_worker.rewards.pool import RewardPool
 from grpo_worker.run_directory import RunDirectory
 
 # float32 master weights and two moments, and a copy of at most float32 in `actor/`.
+MISMATCH_ONE_IN = (
+    8  # prompts whose samples say how far engine and trainer are apart, where nothing else reads the engine's log-probs
+)
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
@@ -264,4 +267,7 @@ def _dispatch_options(spec: Spec, tokenizer: TokenizerInfo) -> DispatchOptions:
         max_attempts=rollout.max_attempts,
         max_num_seqs=rollout.max_num_seqs,
         no_engine_timeout_seconds=spec.failure_policy.startup_timeout_seconds,
+        log_probs_one_in=1
+        if rollout.log_probs == "all" or spec.algorithm.rollout_correction.reads_engine
+        else MISMATCH_ONE_IN,
     )

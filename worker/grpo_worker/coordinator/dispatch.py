@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from grpo_worker.coordinator.blame import PERMANENT, End, convicted, end_of, gives_up, is_suspect
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
 from grpo_worker.coordinator.member_client import MemberClient
@@ -23,7 +25,7 @@ from grpo_worker.coordinator.members import Emit, Member, Members
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.errors import PeerLostError
 from grpo_worker.protocol.http import RefusedError, UnreachableError
-from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, Sampling
+from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, SampleResult, Sampling
 
 PROMPTS_AHEAD = 1.5  # what one engine is sent, over what it can run at a time
 WATCH_SECONDS = 0.5
@@ -52,6 +54,10 @@ class DispatchOptions:
     max_attempts: int
     max_num_seqs: int  # of one engine; bounds the prompts that it is sent ahead of need
     no_engine_timeout_seconds: float
+    log_probs_one_in: int = 1  # one prompt in so many, whichever its uid makes it; 0: none
+
+    def wants_log_probs(self, uid: str) -> bool:
+        return self.log_probs_one_in > 0 and derived_seed(uid) % self.log_probs_one_in == 0
 
 
 class ServiceLimit:
@@ -259,6 +265,7 @@ class Dispatcher(RolloutDispatcher):
             id=group.uid,
             token_ids=Array.of(group.prompt.token_ids, "int32"),
             seed=None if seed is None else prompt_seed(seed, group.uid, self._options.purpose),
+            log_probs=self._options.wants_log_probs(group.uid),
         )
 
     async def _fly(self, flight: _Flight, request: GenerateRequest) -> None:
@@ -291,8 +298,7 @@ class Dispatcher(RolloutDispatcher):
             self._again(flight, group, f"{name}: {result.error}", End.FAILED, at_once=result.error_kind in PERMANENT)
         else:
             group.samples = [
-                Sample(s.token_ids.numpy(), s.log_probs.numpy(), s.finish_reason, list(s.versions))
-                for s in result.samples
+                Sample(s.token_ids.numpy(), _log_probs(s), s.finish_reason, list(s.versions)) for s in result.samples
             ]
             group.state = GroupState.SCORING
             self._on_done(group)
@@ -330,3 +336,8 @@ class Dispatcher(RolloutDispatcher):
             self._suspects.append(group)
         else:
             self._queue.appendleft(group)
+
+
+def _log_probs(sample: SampleResult) -> np.ndarray:
+    log_probs = sample.log_probs.numpy()
+    return log_probs if len(log_probs) else np.full(len(sample.token_ids.numpy()), np.nan, dtype=np.float32)

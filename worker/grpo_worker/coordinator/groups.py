@@ -27,7 +27,7 @@ class Sample:
     """One response."""
 
     token_ids: np.ndarray  # int32 [response tokens]
-    log_probs: np.ndarray  # float32 [response tokens], the engine's
+    log_probs: np.ndarray  # float32 [response tokens], the engine's; NaN where it was not asked for them
     finish_reason: str
     versions: list[VersionSpan]
     text: str = ""

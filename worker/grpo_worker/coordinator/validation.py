@@ -47,10 +47,11 @@ class Validation:
     ) -> None:
         """
         Args:
-            options: of the training requests; sampling, seed and purpose are replaced.
+            options: of the training requests; sampling, seed and purpose are replaced, and nobody reads log-probs.
             sampled: of mean@n; n = 1 leaves it out.
             atomic: the engines are idle meanwhile, so make the results independent of timing.
         """
+        options = replace(options, log_probs_one_in=0)
         greedy = replace_sampling(options.sampling, n=1, temperature=0.0, top_p=1.0)
         self._passes = [replace(options, sampling=greedy, purpose="validation-greedy", seed=None)]
         if sampled.n > 1:

@@ -80,6 +80,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     token_ids: Array  # int32 [prompt tokens]
     seed: int | None = None  # sample i of the group uses a stream derived from (seed, i)
+    log_probs: bool = True  # False: nobody reads them, and the engine need not take them off its device
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +107,9 @@ class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
 
 class SampleResult(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: Array  # int32 [response tokens], the stop token included
-    log_probs: Array  # float32 [response tokens], of the whole vocabulary at the run's temperature
+    log_probs: (
+        Array  # float32 [response tokens], of the whole vocabulary at the run's temperature; empty where not asked for
+    )
     finish_reason: Literal["stop", "length", "abort"]
     versions: list[VersionSpan]
 

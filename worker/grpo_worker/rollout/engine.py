@@ -221,9 +221,11 @@ class RolloutEngine:
                 for index in range(sampling.n):
                     seed = None if prompt.seed is None else sample_seed(prompt.seed, index)
                     identifier = f"{name}/{prompt.id}#{index}.{serial}"
-                    own_name = self._llm.add_request(identifier, inputs, sampling_parameters(sampling, seed))
+                    parameters = sampling_parameters(sampling, seed, prompt.log_probs)
+                    own_name = self._llm.add_request(identifier, inputs, parameters)
                     group.unfinished[identifier] = index
-                    self._llm.output_processor.request_states[own_name].logprobs_processor = SampledLogProbs()
+                    if prompt.log_probs:
+                        self._llm.output_processor.request_states[own_name].logprobs_processor = SampledLogProbs()
                     self._requests[identifier] = Request(group, VersionTrack([(self._served_version, 0)]))
                 running[prompt.id] = group
             except Exception as error:

@@ -23,15 +23,15 @@ def sample_seed(seed: int, index: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{seed}:{index}".encode()) >> 1
 
 
-def sampling_parameters(sampling: Sampling, seed: int | None) -> Any:
-    """vLLM's, of one sample: the log-prob of each sampled token, no text, and no output before the last token."""
+def sampling_parameters(sampling: Sampling, seed: int | None, log_probs: bool) -> Any:
+    """vLLM's, of one sample: the log-prob of each sampled token or none, no text, and no output before the last token."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         n=1, max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
         min_p=sampling.min_p, seed=seed, stop_token_ids=list(sampling.stop_token_ids), ignore_eos=sampling.ignore_eos,
-        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        logprobs=0 if log_probs else None, flat_logprobs=log_probs, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def _sample_result(output: Any, spans: list[VersionSpan]) -> SampleResult:
     finish = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
     return SampleResult(
         token_ids=Array.of(output.token_ids, "int32"),
-        log_probs=Array.of(output.logprobs, "float32"),
+        log_probs=Array.of(output.logprobs or [], "float32"),
         finish_reason=cast(Literal["stop", "length", "abort"], finish),
         versions=spans,
     )
