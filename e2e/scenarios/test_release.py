@@ -2,7 +2,7 @@
 
 from e2e.cluster.host import wait_until
 from e2e.scenarios.release import NAMESPACE, Release
-from e2e.scenarios.training import Tenant
+from e2e.scenarios.training import ENDLESS, Tenant
 
 
 def token_keys(release: Release) -> list[tuple[str, str]]:
@@ -16,7 +16,7 @@ def token_keys(release: Release) -> list[tuple[str, str]]:
 def test_a_job_trains_on_while_its_operator_is_upgraded_removed_and_installed_again(
     release: Release, tenant: Tenant
 ) -> None:
-    job = tenant.submit("upgraded", trainer={"testFreq": 0}, checkpoint={"saveFreq": 0})
+    job = tenant.submit("upgraded", trainer=ENDLESS, checkpoint={"saveFreq": 0})
     job.until_step(1)
     before, pods, operator = token_keys(release), job.pods(), release.pods()
     assert len(before) == 1

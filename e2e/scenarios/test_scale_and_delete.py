@@ -1,13 +1,13 @@
 """Rollout pods come and go while a job trains; a job that is deleted leaves its files and nothing else."""
 
 from e2e.cluster.host import wait_until
-from e2e.scenarios.training import Tenant
+from e2e.scenarios.training import ENDLESS, Tenant
 
 
 def test_rollouts_scale_up_and_down_while_training_goes_on(tenant: Tenant) -> None:
     """Weights go over groups of the pods that there are, made anew when one comes or goes."""
-    quiet = {"trainer": {"testFreq": 0}, "checkpoint": {"saveFreq": 0}}
-    job = tenant.submit("scaled", **quiet, network={"weightSync": "nccl"})
+    network = {"weightSync": "nccl"}
+    job = tenant.submit("scaled", trainer=ENDLESS, checkpoint={"saveFreq": 0}, network=network)
     job.until_step(2)
     steady = job.uids("coordinator") | job.uids("trainer") | job.uids("rollout")
 

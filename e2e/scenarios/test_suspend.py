@@ -5,7 +5,7 @@ import time
 from e2e.cluster.host import wait_until
 from e2e.scenarios.training import Job, Tenant
 
-STEPS = 16
+STEPS = 40  # an epoch
 GRACE_SECONDS = 120
 
 

@@ -30,6 +30,8 @@ START_SECONDS = (
     300  # from apply to the first step: images are there, vLLM on CPU takes half a minute, on a busy machine more
 )
 STEP_SECONDS = 60
+# Of a job that must not end while something is done to it: on a quick machine the example's 80 steps take half a minute.
+ENDLESS = {"totalEpochs": 1000, "testFreq": 0}
 CHILDREN = "pods,services,configmaps,secrets,networkpolicies,poddisruptionbudgets"
 
 
