@@ -46,10 +46,9 @@ from grpo_worker.protocol.messages import Sampling
 from grpo_worker.rewards.pool import RewardPool
 from grpo_worker.run_directory import RunDirectory
 
+# Prompts whose samples say how far engine and trainer are apart, where nothing else reads the engine's log-probs.
+MISMATCH_ONE_IN = 8
 # float32 master weights and two moments, and a copy of at most float32 in `actor/`.
-MISMATCH_ONE_IN = (
-    8  # prompts whose samples say how far engine and trainer are apart, where nothing else reads the engine's log-probs
-)
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 

@@ -37,7 +37,8 @@ class Experience:
 
     prompt_lengths, response_lengths, group_ids, scores, accuracies `[sequences]` (accuracy NaN where the reward function gives none);
     token_ids `[all tokens]`; rollout_log_probs, seq_ids, mask `[response tokens]`; mask is False at tokens that an agent observed: no
-    formula counts them, though the log-probs of later tokens depend on them. rollout_log_probs are NaN in samples that came without. turns `[sequences]`; mini_batch_sequences: sequences of each optimizer step.
+    formula counts them, though the log-probs of later tokens depend on them.
+    rollout_log_probs are NaN in samples that came without. turns `[sequences]`; mini_batch_sequences: sequences of each optimizer step.
     """
 
     prompt_lengths: Tensor

@@ -27,6 +27,7 @@ from grpo_worker.protocol.messages import (
     PublishRequest,
     StoreSource,
 )
+from grpo_worker.weightsync.broadcast import SENDER
 
 RETRY_SECONDS = 1.0  # before a sync is tried again; doubles
 MAX_RETRY_SECONDS = 30.0
@@ -35,7 +36,6 @@ MISMATCH = "WeightsMismatch"  # the tensors do not fit the engine's model: tryin
 
 
 MAX_GROUP_FAILURES = 3  # in a row, for every engine: then the store it is
-SENDER = 0  # rank of the trainer in a group
 NOT_HELD = "VersionNotHeld"  # the trainer's weights have changed since
 
 

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from grpo_worker.protocol.messages import ApplyWeightsRequest
 from grpo_worker.rollout.options import BACKEND
 from grpo_worker.rollout.orphan import end_with_parent
-from grpo_worker.weightsync.broadcast import WeightDigest, WeightGroup
+from grpo_worker.weightsync.broadcast import GroupMember, WeightDigest
 from grpo_worker.weightsync.manifest import SnapshotManifest, TensorSpec
 
 
@@ -57,7 +57,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._staged: tuple[str, mmap.mmap] | None = None
-        self._group: WeightGroup | None = None
+        self._member = GroupMember(self.device)
         self._pending: tuple[int, str] | None = None
         self.applied: tuple[int, str] | None = None  # version and digest of the weights that the model has
 
@@ -77,23 +77,13 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self._pending = (manifest.version, manifest.digest)
 
     def _receive(self, update_info: StoreUpdateInfo) -> None:
-        """Over a group, which is kept for the next version; another one is left, and one that fails."""
+        """Over a group."""
         request = msgspec.msgpack.decode(update_info.group, type=ApplyWeightsRequest)
         assert request.group is not None
         place = msgspec.structs.replace(request.group, rank=request.group.rank + self.parallel_config.rank)
-        group, self._group = self._group, None
-        if group is not None and group.place != place:
-            group.close()
-            group = None
-        if group is None:
-            group = WeightGroup(place, self.device)
         digest = WeightDigest()
-        try:
+        with self._member.at(place) as group:
             self._load(group.receive(msgspec.msgpack.decode(update_info.tensors, type=list[TensorSpec]), digest))
-        except BaseException:
-            group.close()
-            raise
-        self._group = group
         self._pending = (request.version, digest.hexdigest())
 
     def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -117,9 +107,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def shutdown(self) -> None:
         self._staged = None
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        self._member.leave()
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[Any], trainer_args: dict[str, Any] | Any) -> None:

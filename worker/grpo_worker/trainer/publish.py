@@ -14,11 +14,11 @@ import torch
 
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol import codec
-from grpo_worker.protocol.messages import ErrorReply, GroupPlace, PublishReply, PublishRequest
+from grpo_worker.protocol.messages import ErrorReply, PublishReply, PublishRequest
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes
 from grpo_worker.trainer.failures import OperationRefused, as_error
 from grpo_worker.trainer.model import PolicyModel, gathered_parameters, named_parameters
-from grpo_worker.weightsync.broadcast import WeightGroup, WeightGroupError, open_meeting_point
+from grpo_worker.weightsync.broadcast import GroupMember, WeightGroupError, open_meeting_point
 from grpo_worker.weightsync.manifest import TensorSpec, VersionNotHeldError
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore, SnapshotWriter, dtype_name
@@ -46,7 +46,7 @@ class Publisher:
         self.advertised_host = advertised_host
         self._published: tuple[int, int] | None = None  # version, and the optimizer's updates then
         self._meeting_point = open_meeting_point(meeting_host) if meeting_host and ranks.is_first else None
-        self._group: WeightGroup | None = None
+        self._member = GroupMember(ranks.device)
 
     def publish(self, model: PolicyModel, request: PublishRequest, updates: int) -> PublishReply:
         """Collective. What it says of places is rank 0's. Raises OperationRefused: the store has no room, or an older version is asked for.
@@ -69,7 +69,8 @@ class Publisher:
                 tensors = _written(tensors, writer)
             if request.group is not None and self.ranks.is_first:
                 try:
-                    digest = self._send(model, tensors, request.group)
+                    with self._member.at(request.group) as group:
+                        digest = group.send(tensors, tensor_specs(model, self.dtype))
                 except WeightGroupError as failure:
                     log.warning("version %d: %s", request.version, failure)
                     error = str(failure)
@@ -85,22 +86,6 @@ class Publisher:
             store=store, digest=digest, group_error=error, seconds=time.perf_counter() - started,
             meeting_port=self._meeting_point.port if self._meeting_point else 0,
         )  # fmt: skip
-
-    def _send(self, model: PolicyModel, tensors: Iterator[tuple[str, torch.Tensor]], place: GroupPlace) -> str:
-        """The digest. Another group is left; one that fails is forgotten."""
-        group, self._group = self._group, None
-        if group is not None and group.place != place:
-            group.close()
-            group = None
-        if group is None:
-            group = WeightGroup(place, self.ranks.device)
-        try:
-            digest = group.send(tensors, tensor_specs(model, self.dtype))
-        except BaseException:
-            group.close()
-            raise
-        self._group = group
-        return digest
 
     def _begin(self, model: PolicyModel, version: int) -> SnapshotWriter | None:
         writer, refusal = None, b""

@@ -1,7 +1,7 @@
 """The `nccl` transport: trainer rank 0 broadcasts the weights, packed in buckets, to every worker of every engine.
 
 Invariant: both ends cut the same list of tensors into the same buckets, and each makes the digest of the bytes that it has itself; so equal
-digests mean equal weights. Nothing waits beyond its deadline. A group that failed is aborted and never used again.
+digests mean equal weights. Nobody waits longer for another member than the group's patience. A group that failed is aborted and never used again.
 """
 
 import math
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -87,9 +88,8 @@ class WeightGroup:
         under_way: Any = None
         for bucket in buckets(specs, self.place.bucket_bytes):
             memory, views = self._memory(bucket)
-            for view, (_, tensor) in zip(
-                views, tensors, strict=False
-            ):  # one bucket is filled while the one before travels
+            # One bucket is filled while the one before travels.
+            for view, (_, tensor) in zip(views, tensors, strict=False):
                 view.copy_(tensor)
             digest.add(bucket, memory)
             self._wait(under_way)
@@ -165,6 +165,31 @@ class WeightGroup:
             return done.result(self.place.patience_seconds)
         except (TimeoutError, RuntimeError, dist.DistError) as error:
             raise self._failed(f"its members did not meet: {one_line(error) or 'not in time'}") from error
+
+
+class GroupMember:
+    """A process's seat over versions: the group lasts until another place is asked for, or its use fails."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._group: WeightGroup | None = None
+
+    @contextmanager
+    def at(self, place: GroupPlace) -> Iterator[WeightGroup]:
+        """The group of this place. Raises WeightGroupError."""
+        if self._group is None or self._group.place != place:
+            self.leave()
+            self._group = WeightGroup(place, self._device)
+        try:
+            yield self._group
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
 
 
 def _connect(place: GroupPlace, device: torch.device) -> Any:
