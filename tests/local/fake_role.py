@@ -1,7 +1,7 @@
 """A role of a job that trains nothing: it ends as the files of its run directory tell it to.
 
 The coordinator ends with 80 when it is asked to stop, and the others, which it tells, with 0, as the real ones do. `<member>.ends` holds one JSON object a line, one for each start, in order: {"code": 65, "reason": ..., "message": ...}, {"signal": 9}, {"when_told": 143} (its code when it is asked to stop), or
-{} to live on. `starts.jsonl` records each start. The file `step` is the coordinator's step; the file `finish` ends everybody with 0.
+{} to live on. `starts.jsonl` records each start. The file `step` is the coordinator's step, 0 while it starts; the file `finish` ends everybody with 0.
 """
 
 import json
@@ -37,7 +37,8 @@ class Status(BaseHTTPRequestHandler):
             self.end_headers()
             return
         step = int((RUN / "step").read_text()) if (RUN / "step").exists() else 1
-        body = json.dumps({"state": "Training", "step": step, "total_steps": 9, "checkpoint": None}).encode()
+        state = "Training" if step else "Starting"
+        body = json.dumps({"state": state, "step": step, "total_steps": 9, "checkpoint": None}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
