@@ -60,6 +60,13 @@ def test_the_same_lengths_give_the_same_plan() -> None:
     assert plan_micro_batches(lengths, 3, max_tokens=320) == plan_micro_batches(lengths, 3, max_tokens=320)
 
 
+def test_a_remainder_is_shared_out() -> None:
+    plan = plan_micro_batches([520] * 64, ranks=1, max_tokens=16384)  # 31, 31 and 2 would fit as well
+    assert sorted(map(len, plan.ranks[0])) == [21, 21, 22]
+    tail = plan_micro_batches([4000, 3000] + [100] * 50, ranks=1, max_tokens=8192)
+    assert sorted(sum([4000, 3000, *[100] * 50][i] for i in members) for members in tail.ranks[0])[0] > 5000
+
+
 def test_a_sequence_over_the_budget_is_alone() -> None:
     plan = plan_micro_batches([500, 10, 20], 1, max_tokens=100)
     assert plan.ranks == [[[0], [1, 2]]]

@@ -45,14 +45,15 @@ def plan_micro_batches(
         raise ValueError("give max_tokens or sequences_per_micro_batch, not both")
     costs = [cost(length, parity_tokens) for length in lengths]
     if sequences_per_micro_batch is not None:
-        shares = _balance_costs(costs, ranks, equal_counts=True)
+        shares = _balance_costs(costs, ranks, len(costs) // ranks, -(-len(costs) // ranks))
         plans = [_fixed_size(share, sequences_per_micro_batch) for share in shares]
     else:
         assert max_tokens is not None
         bins = _best_fit_decreasing(lengths, max_tokens)
-        bins = _grow(bins, costs, ranks)
+        bins = _level(_grow(bins, costs, ranks), lengths, costs, max_tokens)
         weights = [sum(costs[i] for i in members) for members in bins]
-        plans = [[bins[b] for b in share] for share in _balance_costs(weights, ranks)]
+        rounds = -(-len(bins) // ranks)  # all ranks wait for the one with the most
+        plans = [[bins[b] for b in share] for share in _balance_costs(weights, ranks, most=rounds)]
     width = max(len(plan) for plan in plans)
     for plan in plans:
         for members in plan:
@@ -118,23 +119,29 @@ def _grow(bins: list[list[int]], costs: Sequence[float], ranks: int) -> list[lis
     return bins
 
 
-def _balance_costs(costs: Sequence[float], parts: int, equal_counts: bool = False) -> list[list[int]]:
+def _level(bins: list[list[int]], lengths: Sequence[int], costs: Sequence[float], max_tokens: int) -> list[list[int]]:
+    """As many bins of as equal a cost as can be, where these keep the budget: a small one among large ones leaves a device idle, ranks
+    waiting, and has compiled code compiled again for its size.
+    """
+    level = _balance_costs(costs, len(bins))
+    fits = all(len(members) == 1 or sum(lengths[i] for i in members) <= max_tokens for members in level)
+    return level if fits else bins
+
+
+def _balance_costs(costs: Sequence[float], parts: int, fewest: int = 0, most: int | None = None) -> list[list[int]]:
     """Longest-processing-time-first: each item to the least loaded part, at most 4/3 of the best makespan (Graham,
     1969).
 
-    Parts differ by at most one in their number of items when `equal_counts`, and also never take a micro-batch more
-    than ceil(items / parts): the number of rounds is what all ranks wait for.
+    Each part gets `fewest` items or one more when that is given, and `most` at most.
     """
-    limit = -(-len(costs) // parts) if costs else 0
-    fewest = len(costs) // parts if equal_counts else 0
     heap = [(0.0, part) for part in range(parts)]
     result: list[list[int]] = [[] for _ in range(parts)]
-    extra = len(costs) - fewest * parts  # parts that may hold `limit` items when counts must be equal
+    extra = len(costs) - fewest * parts  # parts that may hold one more than `fewest`
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         while True:
             load, part = heapq.heappop(heap)
-            full = len(result[part]) >= limit
-            if equal_counts and not full and len(result[part]) == fewest and limit > fewest:
+            full = most is not None and len(result[part]) >= most
+            if fewest and not full and len(result[part]) == fewest:
                 full = extra <= 0
                 extra -= 0 if full else 1
             if not full:
