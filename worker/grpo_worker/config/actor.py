@@ -48,7 +48,8 @@ class Model(Section):
     compile: bool | None = field(None, "torch.compile the layers; default on GPU only.", verl="actor.use_torch_compile")
     head_chunk_size: int | None = field(
         None,
-        "Tokens whose logits exist at a time; default 4096 on GPU, 1024 on CPU.",
+        "Tokens whose logits exist at a time; default 4096 on GPU, 1024 on CPU. "
+        "From the size of a micro-batch on, logits are computed once and kept for the backward pass.",
         verl="actor.entropy_from_logits_chunk_size",
         unit="tokens",
         ge=1,

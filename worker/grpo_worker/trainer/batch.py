@@ -133,7 +133,7 @@ def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: 
         position_ids = np.broadcast_to(np.arange(width), input_ids.shape)
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
+        return to_device(torch.from_numpy(np.ascontiguousarray(array)).to(dtype), device)
 
     return MicroBatch(
         input_ids=put(input_ids),
@@ -147,6 +147,11 @@ def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: 
         response_index=response_index,
         empty=not len(members),
     )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """By way of page-locked memory: from other memory the copy would wait until the GPU has done all that it was given so far."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

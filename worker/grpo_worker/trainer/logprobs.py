@@ -1,8 +1,8 @@
 """Log-prob and entropy of chosen tokens straight from hidden states.
 
 Invariant: no tensor of [tokens, vocabulary] ever exists: the LM head runs over chunks of tokens, forward and
-backward, and the backward pass computes a chunk's logits again instead of keeping them. What is kept is one number a
-token.
+backward, and the backward pass computes a chunk's logits again instead of keeping them, the last chunk's excepted, with
+which it begins: all are computed once where one chunk is enough. What is kept beside is one number a token.
 
 With z = logits / temperature and p = softmax(z):  log-prob = z[chosen] - logsumexp(z),  H = logsumexp(z) - sum(p z),
 d log-prob / dz = onehot - p,  dH / dz = -p (z - logsumexp(z) + H). The matrix product runs in the compute dtype and
@@ -86,11 +86,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         log_probs = hidden.new_empty(len(targets), dtype=torch.float32)
         entropy, log_sum = torch.empty_like(log_probs), torch.empty_like(log_probs)
+        logits = None
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = hidden[rows] @ weight.t()
-            log_probs[rows], entropy[rows], log_sum[rows] = kernels.forward(logits, targets[rows], temperature)
+            log_probs[rows], entropy[rows], log_sum[rows] = kernels.forward(logits, targets[rows].clone(), temperature)
         ctx.save_for_backward(hidden, weight, targets, log_sum, entropy)
+        ctx.last_logits = logits if any(ctx.needs_input_grad) else None
         ctx.temperature, ctx.chunk_tokens, ctx.kernels = temperature, chunk_tokens, kernels
         ctx.set_materialize_grads(False)
         return log_probs, entropy
@@ -103,16 +105,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are summed in float32: in bfloat16 the small late terms would be lost.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), ctx.chunk_tokens):
+        for start in reversed(range(0, len(targets), ctx.chunk_tokens)):
             rows = slice(start, start + ctx.chunk_tokens)
-            logits = hidden[rows] @ weight.t()
-            common = (logits, targets[rows], log_sum[rows])
+            logits = hidden[rows] @ weight.t() if ctx.last_logits is None else ctx.last_logits
+            ctx.last_logits = None
+            # Copies: for a view that begins elsewhere in its memory the compiled kernels would be compiled again.
+            common = (logits, targets[rows].clone(), log_sum[rows].clone())
             if grad_entropy is None:
-                grad_logits = ctx.kernels.backward(*common, grad_log_probs[rows], ctx.temperature)
+                grad_logits = ctx.kernels.backward(*common, grad_log_probs[rows].clone(), ctx.temperature)
             else:
-                grad_logits = ctx.kernels.backward_with_entropy(
-                    *common, entropy[rows], grad_log_probs[rows], grad_entropy[rows], ctx.temperature
-                )
+                of_entropy = entropy[rows].clone(), grad_log_probs[rows].clone(), grad_entropy[rows].clone()
+                grad_logits = ctx.kernels.backward_with_entropy(*common, *of_entropy, ctx.temperature)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:

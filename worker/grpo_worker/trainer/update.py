@@ -25,7 +25,7 @@ from grpo_worker.algorithms.losses import POLICY_LOSSES, PolicyLoss, PolicyLossI
 from grpo_worker.config.actor import Ref
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.errors import DataError
-from grpo_worker.trainer.batch import MicroBatch, Sequences, collate
+from grpo_worker.trainer.batch import MicroBatch, Sequences, collate, to_device
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.learning_rate import learning_rate
 from grpo_worker.trainer.mfu import ModelFlops, device_peak, parity_tokens
@@ -271,7 +271,7 @@ class Updater:
 
         def value(name: str) -> Tensor | None:
             array = sequences.response_mask if name == "response_mask" else sequences.values.get(name)
-            return None if array is None else torch.from_numpy(array[index]).to(device, non_blocking=True)
+            return None if array is None else to_device(torch.from_numpy(array[index]), device)
 
         return value
 
