@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model directory, for a plan that makes none")
     parser.add_argument("--data", type=Path, help="its prompts, as `grpo data` writes them")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds of a row")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds of a row")
     parser.add_argument("--only", nargs="+", default=[], help="names of rows, or what they begin with")
     parser.add_argument(
         "--ours",

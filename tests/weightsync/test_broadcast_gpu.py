@@ -14,7 +14,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer tha
 MEETING_POINT = open_meeting_point("127.0.0.1") if torch.cuda.device_count() >= 2 else None
 
 
-def member(generation: int, rank: int, patience_seconds: float = 60.0) -> WeightGroup:
+# More than NCCL itself has room for: a send that it can put away ends whether or not anybody takes it.
+LARGE = {f"layers.{index}.weight": torch.zeros(1 << 24) for index in range(8)}
+
+
+def member(generation: int, rank: int, patience_seconds: float = 60.0, bucket_bytes: int = 20_000) -> WeightGroup:
     assert MEETING_POINT is not None
     torch.cuda.set_device(rank)
     place = GroupPlace(
@@ -24,7 +28,7 @@ def member(generation: int, rank: int, patience_seconds: float = 60.0) -> Weight
         rank=rank,
         world_size=2,
         patience_seconds=patience_seconds,
-        bucket_bytes=20_000,
+        bucket_bytes=bucket_bytes,
     )
     return WeightGroup(place, torch.device("cuda", rank))
 
@@ -51,14 +55,14 @@ def test_every_member_has_what_was_sent_version_after_version_and_both_ends_dige
 
 def test_a_receiver_that_stops_in_the_middle_fails_the_sender_within_its_patience_and_a_new_group_works() -> None:
     def stops() -> WeightGroup:
-        group = member(2, 1, 3.0)
-        next(group.receive(specs(tensors()), WeightDigest()))
+        group = member(2, 1, 3.0, bucket_bytes=1 << 26)
+        next(group.receive(specs(LARGE), WeightDigest()))
         return group
 
     stopping: Future[WeightGroup] = start(stops)
-    group, started = member(2, 0, 3.0), time.monotonic()
+    group, started = member(2, 0, 3.0, bucket_bytes=1 << 26), time.monotonic()
     with pytest.raises(WeightGroupError, match="weight group 2 of 2 members failed"):
-        group.send(iter(on("cuda:0", tensors()).items()), specs(tensors()))
+        group.send(iter(on("cuda:0", LARGE).items()), specs(LARGE))
     assert time.monotonic() - started < 60
     group.close()
     stopping.result(60).close()
