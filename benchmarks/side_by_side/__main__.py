@@ -8,8 +8,8 @@ start to its first finished step, the most memory that the GPU held. A row that 
     python -m benchmarks.side_by_side smollm2 runs/smollm2 --model DIR --data train.parquet
 
 Both train float32 master weights in bfloat16 with one update a step and correct the engine's mismatch by token weights of at most 2. `vllm/*` is
-the generation of one step alone, offline in one process. Ratios are of medians after the first step, which compiles: TRL's fastest row over
-ours for a step, and vLLM alone over our generation.
+the generation of one step alone, offline in one process, and `engine/*` the same by our engine without a run. Ratios are of medians after the
+first step, which compiles: TRL's fastest row over ours for a step, and vLLM alone over our generation, in a run and alone.
 """
 
 import argparse
@@ -109,16 +109,17 @@ def commands(
             found[f"trl/{size}"] = [
                 *trl, *options, "--reward", reward, "--gpu-memory-utilization", "0.3", *["--checkpointing"] * plan.checkpointing, *common,
             ]  # fmt: skip
-    for name, more in {"log-probs": [], "no-log-probs": ["--no-log-probs"]}.items():
-        alone = [
-            sys.executable,
-            "-m",
-            "benchmarks.side_by_side.vllm_alone",
-            str(model),
-            str(data),
-            str(rows / f"vllm/{name}"),
-        ]
-        found[f"vllm/{name}"] = [*alone, "--rounds", str(steps), *common, *more]
+    for side in ("vllm", "engine"):
+        for name, more in {"log-probs": [], "no-log-probs": ["--no-log-probs"]}.items():
+            row = f"{side}/{name}"
+            alone = [
+                sys.executable,
+                "-m",
+                "benchmarks.side_by_side.generation_alone",
+                "ours" if side == "engine" else side,
+            ]
+            paths = [str(model), str(data), str(rows / row)]
+            found[row] = [*alone, *paths, "--rounds", str(steps), *common, *more]
     return found
 
 
@@ -207,6 +208,10 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     trl = [value for name, row in rows.items() if name.startswith("trl/") and (value := median(row, "step_seconds"))]
     alone = median(rows.get("vllm/log-probs", {}), "step_seconds")
+    for kind in ("log-probs", "no-log-probs"):
+        vllm, engine = (median(rows.get(f"{side}/{kind}", {}), "step_seconds") for side in ("vllm", "engine"))
+        if vllm and engine:
+            found[f"vLLM alone over our engine alone, {kind}"] = vllm / engine
     for name, row in rows.items():
         if name.partition("/")[0] != "ours":
             continue

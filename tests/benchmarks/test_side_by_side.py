@@ -19,11 +19,14 @@ ROWS = {
     "trl/32": row(21.0),
     "trl/64": {"failure": "exit 1: out of memory", "step_seconds": {"median": 1.0, "least": 1.0, "most": 1.0}},
     "vllm/log-probs": row(3.0),
+    "engine/log-probs": row(3.2),
+    "engine/no-log-probs": row(2.5),
 }
 
 
 def test_ratios_are_with_the_fastest_row_that_did_not_fail():
     assert ratios(ROWS) == {
+        "vLLM alone over our engine alone, log-probs": 0.9375,
         "TRL's step over that of ours": 3.5,
         "vLLM alone over generation of ours": 0.75,
         "TRL's step over that of ours/pass": 2.8,
@@ -40,7 +43,17 @@ def test_a_row_that_failed_says_why_in_the_table():
 def test_both_sides_get_the_same_batch_and_lengths():
     plan = PLANS["0.6b"]
     found = commands(plan, 5, Path("m"), Path("d"), Path("rows"), {"pass": ["--set", "a=b"]})
-    assert found.keys() == {"ours", "ours/pass", "trl/16", "trl/32", "trl/64", "vllm/log-probs", "vllm/no-log-probs"}
+    assert found.keys() == {
+        "ours",
+        "ours/pass",
+        "trl/16",
+        "trl/32",
+        "trl/64",
+        "vllm/log-probs",
+        "vllm/no-log-probs",
+        "engine/log-probs",
+        "engine/no-log-probs",
+    }
     assert found["ours/pass"] == [part.replace("rows/ours/run", "rows/ours/pass/run") for part in found["ours"]] + [
         "--set",
         "a=b",
