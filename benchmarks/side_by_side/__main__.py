@@ -112,12 +112,7 @@ def commands(
     for side in ("vllm", "engine"):
         for name, more in {"log-probs": [], "no-log-probs": ["--no-log-probs"]}.items():
             row = f"{side}/{name}"
-            alone = [
-                sys.executable,
-                "-m",
-                "benchmarks.side_by_side.generation_alone",
-                "ours" if side == "engine" else side,
-            ]
+            alone = [sys.executable, "-m", "benchmarks.side_by_side.generation_alone", side]
             paths = [str(model), str(data), str(rows / row)]
             found[row] = [*alone, *paths, "--rounds", str(steps), *common, *more]
     return found
@@ -206,19 +201,18 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         return row[figure]["median"] if figure in row and "failure" not in row else None
 
     found: dict[str, float] = {}
-    trl = [value for name, row in rows.items() if name.startswith("trl/") and (value := median(row, "step_seconds"))]
-    alone = median(rows.get("vllm/log-probs", {}), "step_seconds")
+    steps = {name: value for name, row in rows.items() if (value := median(row, "step_seconds"))}
+    trl = [value for name, value in steps.items() if name.startswith("trl/")]
     for kind in ("log-probs", "no-log-probs"):
-        vllm, engine = (median(rows.get(f"{side}/{kind}", {}), "step_seconds") for side in ("vllm", "engine"))
-        if vllm and engine:
+        if (vllm := steps.get(f"vllm/{kind}")) and (engine := steps.get(f"engine/{kind}")):
             found[f"vLLM alone over our engine alone, {kind}"] = vllm / engine
     for name, row in rows.items():
         if name.partition("/")[0] != "ours":
             continue
-        if trl and (step := median(row, "step_seconds")):
-            found[f"TRL's step over that of {name}"] = min(trl) / step
-        if alone and (generation := median(row, "gen")):
-            found[f"vLLM alone over generation of {name}"] = alone / generation
+        if trl and name in steps:
+            found[f"TRL's step over that of {name}"] = min(trl) / steps[name]
+        if (vllm := steps.get("vllm/log-probs")) and (generation := median(row, "gen")):
+            found[f"vLLM alone over generation of {name}"] = vllm / generation
     return found
 
 

@@ -1,9 +1,9 @@
 """Generation alone: the requests of a step, again and again in one process, a JSON line a round.
 
     python -m benchmarks.side_by_side.generation_alone vllm MODEL TRAIN.parquet OUT_DIR --rounds 4 [--no-log-probs]
-    python -m benchmarks.side_by_side.generation_alone ours MODEL TRAIN.parquet OUT_DIR --rounds 4 --profile
+    python -m benchmarks.side_by_side.generation_alone engine MODEL TRAIN.parquet OUT_DIR --rounds 4 --profile
 
-`vllm` is vLLM's own offline `LLM`; `ours` the engine as the rollout server drives it, without a run around it. So what our way of driving vLLM
+`vllm` is vLLM's own offline `LLM`; `engine` ours as the rollout server drives it, without a run around it. So what our way of driving vLLM
 costs is told apart from what a run does. With --profile OUT_DIR/profile.txt has the Python functions of the engine's thread in one more round.
 """
 
@@ -111,7 +111,7 @@ class OurEngine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=["vllm", "ours"])
+    parser.add_argument("side", choices=["vllm", "engine"])
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--no-log-probs", action="store_true")
     parser.add_argument("--plain", action="store_true", help="prompts are text, not a chat")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
-    parser.add_argument("--profile", action="store_true", help="ours only")
+    parser.add_argument("--profile", action="store_true", help="of our engine only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -134,7 +134,7 @@ def main() -> None:
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         prompts.append(tokenizer(text, add_special_tokens=options.plain)["input_ids"])
     stop = tokenizer.eos_token_id
-    side = OurEngine(options, stop) if options.side == "ours" else vllm_alone(options, stop)
+    side = OurEngine(options, stop) if options.side == "engine" else vllm_alone(options, stop)
     with (options.out / "curve.jsonl").open("w") as file:
         for number in range(1, options.rounds + 1):
             chosen = [prompts[(number * options.prompts + i) % len(prompts)] for i in range(options.prompts)]

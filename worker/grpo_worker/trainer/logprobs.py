@@ -63,7 +63,15 @@ class ChunkKernels:
 
     def __init__(self, compile: bool = False) -> None:
         def fuse(function: Any) -> Any:
-            return torch.compile(function, dynamic=True) if compile else function
+            if not compile:
+                return function
+            compiled: Any = torch.compile(function, dynamic=True)
+
+            def fused(logits: Tensor, *others: Any) -> Any:
+                # Copies of what is one number a token: for a view that begins elsewhere in its memory it would be compiled again.
+                return compiled(logits, *(each.clone() if isinstance(each, Tensor) else each for each in others))
+
+            return fused
 
         self.forward: ChunkForward = fuse(_chunk_forward)
         self.backward = fuse(_chunk_backward)
@@ -90,7 +98,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = hidden[rows] @ weight.t()
-            log_probs[rows], entropy[rows], log_sum[rows] = kernels.forward(logits, targets[rows].clone(), temperature)
+            log_probs[rows], entropy[rows], log_sum[rows] = kernels.forward(logits, targets[rows], temperature)
         ctx.save_for_backward(hidden, weight, targets, log_sum, entropy)
         ctx.last_logits = logits if any(ctx.needs_input_grad) else None
         ctx.temperature, ctx.chunk_tokens, ctx.kernels = temperature, chunk_tokens, kernels
@@ -109,13 +117,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk_tokens)
             logits = hidden[rows] @ weight.t() if ctx.last_logits is None else ctx.last_logits
             ctx.last_logits = None
-            # Copies: for a view that begins elsewhere in its memory the compiled kernels would be compiled again.
-            common = (logits, targets[rows].clone(), log_sum[rows].clone())
+            common = (logits, targets[rows], log_sum[rows])
             if grad_entropy is None:
-                grad_logits = ctx.kernels.backward(*common, grad_log_probs[rows].clone(), ctx.temperature)
+                grad_logits = ctx.kernels.backward(*common, grad_log_probs[rows], ctx.temperature)
             else:
-                of_entropy = entropy[rows].clone(), grad_log_probs[rows].clone(), grad_entropy[rows].clone()
-                grad_logits = ctx.kernels.backward_with_entropy(*common, *of_entropy, ctx.temperature)
+                grad_logits = ctx.kernels.backward_with_entropy(
+                    *common, entropy[rows], grad_log_probs[rows], grad_entropy[rows], ctx.temperature
+                )
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
