@@ -242,11 +242,12 @@ CONTRADICTIONS = [
     (["rollout.engineArgs={gpu_memory_utilization: 0.5}"], "rollout.engineArgs", "rollout.gpuMemoryUtilization"),
     (["rollout.engineArgs={enforce_eager: true}"], "rollout.engineArgs", "rollout.enforceEager"),
     (["rollout.engineArgs={logprobs_mode: raw_logits}"], "rollout.engineArgs", "logprobs_mode"),
+    (["rollout.engineArgs={enable_sleep_mode: true}"], "rollout.engineArgs", "use placement"),
     (["rollout.engineArgs={worker_extension_cls: a.B}"], "rollout.engineArgs", "worker_extension_cls"),
     (["rollout.engineArgs={weight_transfer_config: {backend: nccl}}"], "rollout.engineArgs", "weight_transfer_config"),
     (["network={trainerPort: 7700, rendezvousPort: 7700}"], "network.trainerPort", "three ports"),
     (["network={weightSyncPort: 7700, rendezvousPort: 7700}"], "network.trainerPort", "three ports"),
-    (["network.rolloutPort=65535", "rollout.replicas=2"], "network.rolloutPort", "the last of rollout.replicas"),
+    (["network.rolloutPort=65535", "rollout.replicas=2"], "network.rolloutPort", "the last engine"),
     (["trainer.loggers=[jsonl, console, jsonl]"], "trainer.loggers", "twice"),
     *[([f"runtime.env=[{{name: {name}, value: a}}]"], "runtime.env", "Leave it out") for name in OWNED_VARIABLES],
     (["runtime.env=[{name: GRPO_JOB_TOKEN, value: a}]"], "runtime.env", "GRPO_"),
@@ -272,6 +273,25 @@ CONTRADICTIONS = [
         "Keep one",
     ),
     (["network.memberTimeoutSeconds=2"], "network.memberTimeoutSeconds", "three heartbeats"),
+    (["placement=Colocated", "rollout.maxStaleness=1"], "rollout.maxStaleness", "in turn"),
+    (
+        ["placement=Colocated", "trainer.gpusPerNode=6", "rollout.tensorParallelSize=4"],
+        "rollout.tensorParallelSize",
+        "divisor of trainer.gpusPerNode",
+    ),
+    (["placement=Colocated", "trainer.gpusPerNode=8", "rollout.replicas=4"], "rollout.replicas", "Leave it out"),
+    (["placement=Colocated", "network.weightSync=nccl"], "network.weightSync", "Set it to auto"),
+    (["network.weightSync=ipc"], "network.weightSync", "Set it to auto"),
+    (
+        ["placement=Colocated", "trainer.gpusPerNode=4", "rollout.minReplicas=5"],
+        "rollout.minReplicas",
+        "Lower rollout.minReplicas",
+    ),
+    (
+        ["placement=Colocated", "trainer.gpusPerNode=2", "network.rolloutPort=65535"],
+        "network.rolloutPort",
+        "the last engine",
+    ),
     (["rollout.maxReplicas=2", "rollout.replicas=3"], "rollout.maxReplicas", "lower rollout.replicas"),
     (
         ["rollout.minReplicas=3", "rollout.maxReplicas=2", "rollout.replicas=2"],
@@ -335,6 +355,9 @@ CONTRADICTIONS = [
 
 # Overrides of the sound document that leave it sound.
 GOOD = [
+    ["placement=Colocated", "trainer.gpusPerNode=8", "rollout.tensorParallelSize=2", "rollout.minReplicas=4"],
+    ["placement=Colocated", "trainer.gpusPerNode=2", "rollout.replicas=2", "network.weightSync=ipc"],
+    ["placement=Colocated", "network.weightSync=store", "network.rolloutPort=65535"],
     ["trainer.nodes=2", "trainer.gpusPerNode=8", "actor.fsdp.shardSize=8"],
     [],
     ["actor.optim.lr=1e-6"],

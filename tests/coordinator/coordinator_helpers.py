@@ -35,6 +35,8 @@ from grpo_worker.protocol.messages import (
     PublishRequest,
     SampleResult,
     Sampling,
+    SleepReply,
+    SleepRequest,
     StopRequest,
     StoreSource,
     TrainerRequest,
@@ -118,13 +120,20 @@ class Engine:
         self.places: list[GroupPlace] = []  # in groups, of those syncs that came over one
         self.hang_at_sync = False
         self.log: list[str] = []  # what was asked of it, in order
+        self.state: Any = "ready"
         self.released = asyncio.Event()  # lets what hangs end when the test is over
         self.url = ""
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
         app = web.Application(middlewares=[door(TOKEN)], client_max_size=1 << 24)
-        app.add_routes([web.post("/v1/generate", self._generate), web.post("/v1/weights", self._weights)])
+        app.add_routes(
+            [
+                web.post("/v1/generate", self._generate),
+                web.post("/v1/weights", self._weights),
+                web.post("/v1/sleep", self._sleep),
+            ]
+        )
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self.host, 0)
@@ -141,7 +150,7 @@ class Engine:
         self.instance, self.version = f"{self.instance}+", -1
 
     def beat(self) -> Heartbeat:
-        return Heartbeat(role="rollout", name=self.name, instance=self.instance, url=self.url, state="ready")
+        return Heartbeat(role="rollout", name=self.name, instance=self.instance, url=self.url, state=self.state)
 
     async def write(self, stream: web.StreamResponse, result: GroupResult) -> None:
         self.answered.append(result.id)
@@ -166,6 +175,14 @@ class Engine:
         await stream.prepare(http)
         await self.behaviour(self, stream, http, request)
         return stream
+
+    async def _sleep(self, http: web.Request) -> web.Response:
+        codec.decode(await http.read(), SleepRequest)
+        self.log.append("sleep")
+        if self.refusal is not None:
+            return error_answer(503, self.refusal)
+        self.version = -1
+        return web.Response(body=codec.encode(SleepReply(device_bytes=(int(self.name[-1]) + 1) << 30)))
 
     async def pull(self, request: ApplyWeightsRequest) -> str:
         """The digest of what its workers have then."""
@@ -326,7 +343,11 @@ class Clock:
 
 @asynccontextmanager
 async def world(
-    *engines: Engine, version: int | None = 0, timeout_seconds: float = 5.0, workers_in_group: int = 0
+    *engines: Engine,
+    version: int | None = 0,
+    timeout_seconds: float = 5.0,
+    workers_in_group: int = 0,
+    **settings: Any,
 ) -> AsyncIterator[World]:
     """A trainer and these engines, registered; weights of `version` published and applied."""
     clock = Clock()
@@ -344,6 +365,7 @@ async def world(
             timeout_seconds,
             lambda *event: events.append(event),
             workers_in_group=workers_in_group,
+            **settings,
         )
         here = World(session, members, client, trainer, caller, weights, clock, [], events)
         try:

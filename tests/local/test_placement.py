@@ -62,6 +62,31 @@ def test_trainer_ranks_take_the_first_gpus_and_engines_the_next(
     assert [visible[f"rollout-{index}"] for index in range(replicas)] == rollouts
 
 
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "rollouts"),
+    [(1, 1, ["0"]), (4, 1, ["0", "1", "2", "3"]), (4, 2, ["0,1", "2,3"]), (4, 4, ["0,1,2,3"])],
+)
+def test_colocated_engines_have_the_ranks_gpus_in_the_ranks_order(
+    ranks: int, parallel: int, rollouts: list[str]
+) -> None:
+    processes = placed(
+        gpus=("0", "1", "2", "3", "4"),
+        placement="Colocated",
+        trainer={"gpusPerNode": ranks},
+        rollout={"tensorParallelSize": parallel},
+    )
+    visible = {name: process.environment["CUDA_VISIBLE_DEVICES"] for name, process in processes.items()}
+    assert visible.pop("trainer-0") == ",".join(map(str, range(ranks)))
+    assert visible.pop("coordinator") == ""
+    assert visible == {f"rollout-{index}": gpus for index, gpus in enumerate(rollouts)}
+
+
+def test_colocated_ranks_do_not_share_a_gpu_with_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"a GPU for each trainer rank, 2 in all, and this machine has 1"):
+        placed(gpus=("0",), placement="Colocated", trainer={"gpusPerNode": 2})
+    placed(gpus=(), placement="Colocated", trainer={"gpusPerNode": 2})
+
+
 def test_on_cpu_no_process_sees_a_gpu() -> None:
     processes = placed(gpus=("0", "1"), runtime={"device": "cpu"})
     assert {process.environment["CUDA_VISIBLE_DEVICES"] for process in processes.values()} == {""}

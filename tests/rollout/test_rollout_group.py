@@ -1,15 +1,24 @@
 """Weights over a group: the engine that served a version from the store takes the next ones from the trainer's broadcast."""
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from replica_helpers import Replica, Trainer, weights
-from test_rollout_engine import assert_serves, sync
+from replica_helpers import Replica, Trainer, until, weights
+from test_rollout_engine import PROMPTS, assert_serves, request_of, sync
 
 from grpo_worker.protocol import codec
-from grpo_worker.protocol.messages import ApplyWeightsReply, ApplyWeightsRequest, ErrorReply, GroupPlace
+from grpo_worker.protocol.messages import (
+    ApplyWeightsReply,
+    ApplyWeightsRequest,
+    ErrorReply,
+    GroupPlace,
+    GroupResult,
+    SleepReply,
+    SleepRequest,
+)
 from grpo_worker.weightsync.broadcast import WeightGroup, open_meeting_point
 from grpo_worker.weightsync.manifest import TensorSpec
 from grpo_worker.weightsync.snapshot import dtype_name
@@ -27,7 +36,7 @@ class Broadcaster:
         self._thread = ThreadPoolExecutor(1)
         self.group: WeightGroup | None = None
 
-    def place(self, generation: int, rank: int) -> GroupPlace:
+    def place(self, generation: int, rank: int, pair: int | None = None) -> GroupPlace:
         return GroupPlace(
             host="127.0.0.1",
             port=self._meeting_point.port,
@@ -36,9 +45,10 @@ class Broadcaster:
             world_size=2,
             patience_seconds=3.0,
             bucket_bytes=BUCKET_BYTES,
+            pair=pair,
         )
 
-    def send(self, generation: int, tensors: Tensors, count: int = 1000) -> "Future[str]":
+    def send(self, generation: int, tensors: Tensors, count: int = 1000, pair: int | None = None) -> "Future[str]":
         """The digest; after `count` tensors the process is gone."""
         listed = [TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
 
@@ -49,7 +59,7 @@ class Broadcaster:
 
         def work() -> str:
             if self.group is None or self.group.place.generation != generation:
-                self.group = WeightGroup(self.place(generation, 0), CPU)
+                self.group = WeightGroup(self.place(generation, 0, pair), CPU)
             try:
                 return self.group.send(some(), listed)
             except BaseException:
@@ -65,8 +75,10 @@ def broadcaster() -> Broadcaster:
     return Broadcaster()
 
 
-def take(replica: Replica, broadcaster: Broadcaster, version: int, generation: int) -> ApplyWeightsReply | ErrorReply:
-    place = broadcaster.place(generation, 1)
+def take(
+    replica: Replica, broadcaster: Broadcaster, version: int, generation: int, pair: int | None = None
+) -> ApplyWeightsReply | ErrorReply:
+    place = broadcaster.place(generation, 1, pair)
     request = ApplyWeightsRequest(version=version, group=place, timeout_seconds=30)
     return replica.loop.run(replica.post("/v1/weights", codec.encode(request), kind=ApplyWeightsReply))[1]
 
@@ -143,3 +155,64 @@ def test_a_version_comes_by_one_way(replica: Replica, trainer: Trainer, broadcas
     status, reply = replica.loop.run(replica.post("/v1/weights", codec.encode(request), kind=ApplyWeightsReply))
     assert (status, reply.reason) == (400, "InvalidRequest")
     assert "either from a store that has it, or over a group" in reply.message
+
+
+# --- colocated: asleep while the trainer works, awake with its next weights -----------------------------------------------------
+
+
+def put_to_sleep(replica: Replica, timeout_seconds: float = 10.0) -> tuple[int, SleepReply | ErrorReply]:
+    body = codec.encode(SleepRequest(timeout_seconds=timeout_seconds))
+    return replica.loop.run(replica.post("/v1/sleep", body, kind=SleepReply))
+
+
+@pytest.mark.parametrize("way", ["pair", "store"])
+def test_an_engine_that_sleeps_has_no_weights_until_the_next_ones_wake_it(
+    replica: Replica, trainer: Trainer, broadcaster: Broadcaster, way: str
+) -> None:
+    version = 250 if way == "pair" else 260
+    sync(replica, trainer, version, 71)
+    for _ in range(2):  # one that sleeps already stays so
+        assert put_to_sleep(replica) == (200, SleepReply(device_bytes=0))
+    engine = replica.engine
+    assert (engine.weight_version, engine.weight_digest) == (None, None)
+    assert engine._llm.is_sleeping()
+    refused = replica.loop.run(replica.post("/v1/generate", codec.encode(request_of(PROMPTS, min_weight_version=0))))
+    assert (refused[0], refused[1].reason) == (409, "StaleWeights")
+    if way == "pair":
+        sending = broadcaster.send(10, weights(72), pair=0)
+        reply = take(replica, broadcaster, version + 1, 10, pair=0)
+        assert isinstance(reply, ApplyWeightsReply), reply
+        assert (reply.version, reply.digest) == (version + 1, sending.result(20))
+    else:
+        sync(replica, trainer, version + 1, 72)
+    assert not engine._llm.is_sleeping()
+    assert_serves(replica, 72, version + 1)
+
+
+def test_an_engine_that_nobody_wakes_does_not_serve_what_it_had(
+    replica: Replica, trainer: Trainer, broadcaster: Broadcaster
+) -> None:
+    sync(replica, trainer, 270, 73)
+    put_to_sleep(replica)
+    reply = take(replica, broadcaster, 271, 78, pair=0)
+    assert isinstance(reply, ErrorReply)
+    assert reply.reason == "WeightsNotApplied"
+    assert "until a sync succeeds" in reply.message, "it has no old weights to serve"
+    assert replica.engine.broken
+    sync(replica, trainer, 272, 74)
+    assert_serves(replica, 74, 272)
+
+
+def test_an_engine_sleeps_after_the_requests_that_run(replica: Replica, trainer: Trainer) -> None:
+    sync(replica, trainer, 280, 75)
+    results: dict[str, GroupResult] = {}
+    running = asyncio.run_coroutine_threadsafe(
+        replica.generate_async(request_of(PROMPTS, max_tokens=200), results), replica.loop.loop
+    )
+    replica.loop.run(until(lambda: replica.engine.stats()["running"] > 0, "the engine runs the request"))
+    assert put_to_sleep(replica, 30.0) == (200, SleepReply(device_bytes=0))
+    running.result(1)
+    assert {name: len(result.samples[0].token_ids.numpy()) for name, result in results.items()} == dict.fromkeys(
+        PROMPTS, 200
+    )
+    sync(replica, trainer, 281, 76)

@@ -45,7 +45,7 @@ class Workspace:
         (root / "rewards.py").write_text(REWARD)
         return cls(root)
 
-    def job(self, **sections: dict[str, Any]) -> Path:
+    def job(self, **sections: Any) -> Path:
         """A GRPOJob file of 4 steps of 8 prompts x 4 samples; `sections` are merged over it, section by section."""
         spec: dict[str, Any] = {
             "model": {"path": "model"},
@@ -64,7 +64,7 @@ class Workspace:
             "failurePolicy": {"backoffSeconds": 0.2},
         }
         for name, values in sections.items():
-            spec[name] = {**spec.get(name, {}), **values}
+            spec[name] = spec.get(name, {}) | values if isinstance(values, dict) else values
         document = {"apiVersion": "grpo.dev/v1alpha1", "kind": "GRPOJob", "metadata": {"name": "test"}, "spec": spec}
         path = self.root / "job.yaml"
         path.write_text(yaml.safe_dump(document))

@@ -1,5 +1,5 @@
 """2N steps are N steps, kill -9 of every process, resume, N steps: bit for bit (maxStaleness 0, CPU, float32), whether weights go by the
-store or over a group."""
+store, over a group, or through memory that trainer and engine share."""
 
 from pathlib import Path
 
@@ -28,16 +28,16 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> 
     workspace = Workspace.make(tmp_path)
     with Run(workspace, workspace.job(), "whole") as whole:
         assert whole.finish() == 0, whole.output()
-    job = workspace.job(network={"weightSync": "nccl"})
-    with Run(workspace, job, "cut") as cut:
+    with Run(workspace, workspace.job(network={"weightSync": "nccl"}), "cut") as cut:
         cut.wait_until(lambda: len(cut.checkpoints()) >= 2 and cut.steps() >= 2)
         cut.kill_everything()
         assert cut.steps() < 4, "killed too late to show anything"
-    with Run(workspace, job, "cut") as resumed:
+    with Run(workspace, workspace.job(placement="Colocated"), "cut") as resumed:
         assert resumed.finish() == 0, resumed.output()
     assert "Resuming from" in resumed.output()
     assert [line["weight_sync/pull_seconds"] > 0 for line in whole.lines("metrics.jsonl")] == [True] * 4
     assert [line["weight_sync/pull_seconds"] for line in resumed.lines("metrics.jsonl")[-2:]] == [0.0] * 2
+    assert all(("timing_s/sleep" in line) == (line["step"] > 2) for line in resumed.lines("metrics.jsonl")[-2:])
     assert not [event for event in resumed.lines("events.jsonl") if event["reason"].startswith("Weight")]
 
     assert resumed.lines("ledger.jsonl") == whole.lines("ledger.jsonl")

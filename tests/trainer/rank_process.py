@@ -181,6 +181,36 @@ def broadcasting(model: Path, ranks: Ranks, _: Path) -> Any:
     }
 
 
+def handing_over(model: Path, ranks: Ranks, _: Path) -> Any:
+    """Versions in pairs: each rank's partner is a thread beside it. Then rank 0 has none; then the last rank's does not come."""
+    engine = TrainerEngine(options_for(model, placement="Colocated"), ranks)
+    specs = tensor_specs(engine.model, torch.float32)
+    ports: list[Any] = [0] * ranks.world_size
+    dist.all_gather_object(ports, engine.run(PublishRequest(version=0)).meeting_port, group=ranks.control)  # type: ignore[union-attr]
+    everybody = tuple(range(ranks.world_size))
+    place = GroupPlace(
+        host="127.0.0.1", port=ports[0], generation=1, rank=0, world_size=2, patience_seconds=20.0, bucket_bytes=20_000, pair=0
+    )  # fmt: skip
+
+    def take(generation: int) -> tuple[dict[str, torch.Tensor], str]:
+        own = replace_field(place, generation=generation, rank=1, pair=ranks.rank)
+        group, digest = WeightGroup(own, torch.device("cpu")), WeightDigest()
+        return dict(group.receive(specs, digest)), digest.hexdigest()
+
+    thread, found = ThreadPoolExecutor(1), []
+    for generation, partners, patience in ((1, everybody, 20.0), (2, everybody[1:], 20.0), (3, everybody, 1.0)):
+        train(engine, generation, generation)
+        comes = ranks.rank in partners and not (generation == 3 and ranks.rank == ranks.world_size - 1)
+        taking = thread.submit(take, generation) if comes else None
+        group = replace_field(place, generation=generation, pairs=partners, patience_seconds=patience)
+        reply = engine.run(PublishRequest(version=generation, store=False, group=group))
+        of_all: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(of_all, taking and taking.result(20), group=ranks.control)
+        found.append({"model": whole_parameters(engine.model), "digest": reply.digest, "taken": of_all})  # type: ignore[union-attr]
+    engine.close()
+    return found
+
+
 def damaged(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
     """The checkpoint of `straight` with one changed bit in rank 1's shard: what each rank says. Then it is whole again, and loads."""
     engine = TrainerEngine(options_for(model), ranks)
@@ -267,6 +297,7 @@ def main() -> None:
             "resumed": resumed,
             "damaged": damaged,
             "broadcasting": broadcasting,
+            "handing_over": handing_over,
             "loading": loading,
         }[name]
         results[scenario] = run(model, ranks, Path(checkpoint))

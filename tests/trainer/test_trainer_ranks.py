@@ -49,7 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(model: Path, checkpoints: dict[int, Path]) -> Any:
-    scenarios = ["gradients", f"straight={checkpoints[2]}", "broadcasting"]
+    scenarios = ["gradients", f"straight={checkpoints[2]}", "broadcasting", "handing_over"]
     results = run(model, checkpoints[2].with_suffix(".pt"), 2, scenarios)
     return {name.partition("=")[0]: result for name, result in results.items()}
 
@@ -57,7 +57,13 @@ def on_two_ranks(model: Path, checkpoints: dict[int, Path]) -> Any:
 @pytest.fixture(scope="module")
 def in_two_copies(model: Path, checkpoints: dict[int, Path]) -> Any:
     """Eight ranks, of which four share a copy of the model, as on two nodes."""
-    scenarios = ["reductions", f"straight={checkpoints[8]}", f"resumed={checkpoints[8]}", "broadcasting"]
+    scenarios = [
+        "reductions",
+        f"straight={checkpoints[8]}",
+        f"resumed={checkpoints[8]}",
+        "broadcasting",
+        "handing_over",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARD_SIZE", "4")
         results = run(model, checkpoints[8].with_suffix(".pt"), 8, scenarios)
@@ -255,6 +261,24 @@ def test_a_group_gets_the_gathered_model_and_the_trainer_survives_a_group_that_f
     assert "weight group 2 of 2 members failed: its members did not meet" in seen["lost"].group_error
     assert (seen["lost"].store, seen["lost"].digest) == (None, "")
     assert seen["stored"].store.digest == second.store.digest
+
+
+@pytest.mark.parametrize("ranks", ["on_two_ranks", "in_two_copies"])
+def test_every_ranks_partner_gets_the_gathered_model_and_the_digest_is_rank_0s(
+    ranks: str, request: pytest.FixtureRequest
+) -> None:
+    whole, without_first, without_last = request.getfixturevalue(ranks)["handing_over"]
+    size = 2 if ranks == "on_two_ranks" else 8
+    for seen, missing in ((whole, None), (without_first, 0), (without_last, size - 1)):
+        assert [number for number, taken in enumerate(seen["taken"]) if taken is None] == [missing] * (
+            missing is not None
+        )
+        for taken in filter(None, seen["taken"]):
+            tensors, digest = taken
+            assert digest == seen["digest"]
+            assert len(tensors) > 10
+            assert all(torch.equal(tensor, seen["model"][name]) for name, tensor in tensors.items())
+    assert len({seen["digest"] for seen in (whole, without_first, without_last)}) == 3
 
 
 def test_a_version_that_the_trainer_has_no_more_is_refused(on_two_ranks: Any) -> None:

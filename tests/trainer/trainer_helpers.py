@@ -71,7 +71,7 @@ def without_old_log_probs(sequences: Sequences) -> Sequences:
     return replace(sequences, values=values)
 
 
-def options_for(path: Path, device: Literal["cuda", "cpu"] = "cpu", **sections: dict[str, Any]) -> TrainerOptions:
+def options_for(path: Path, device: Literal["cuda", "cpu"] = "cpu", **sections: Any) -> TrainerOptions:
     """A trainer of the model at `path`; `sections` are those of the document's spec, as a person writes them."""
     spec: dict[str, Any] = {
         "model": {"path": str(path), "headChunkSize": 16},
@@ -79,7 +79,7 @@ def options_for(path: Path, device: Literal["cuda", "cpu"] = "cpu", **sections: 
         "actor": {"optim": {"lr": 1e-3}},
     }
     for name, section in sections.items():
-        spec[name] = spec.get(name, {}) | section
+        spec[name] = spec.get(name, {}) | section if isinstance(section, dict) else section
     return TrainerOptions(Spec.model_validate(spec), device)
 
 

@@ -1,4 +1,4 @@
-"""`grpo-worker coordinator|trainer|rollout --job FILE`: the command of each pod and of each local child process.
+"""`grpo-worker coordinator|trainer|rollout|node --job FILE`: the command of each pod and of each local child process.
 
 Invariant: the process ends with an exit code of the contract (`grpo_worker.errors.ExitCode`), and its last word, the termination
 message, says why in one JSON object. Heavy imports happen in the role that needs them.
@@ -21,7 +21,7 @@ from grpo_worker.config import GRPOJob, load_written
 from grpo_worker.environment import PARENT_PID, REPLICA_INDEX, TERMINATION_LOG
 from grpo_worker.errors import DeviceError, ExitCode, GRPOError, MemoryFullError, memory_was_full, one_line
 
-ROLES = ("coordinator", "trainer", "rollout")
+ROLES = ("coordinator", "trainer", "rollout", "node")
 _PR_SET_PDEATHSIG = 1
 MAX_LAST_WORD_BYTES = 4096  # what the kubelet keeps of a termination message
 _MEMORY_REMEDY = (
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(role: str, job_file: str) -> int:
     """Run one role to its end and return the exit code."""
     try:
-        code, context = _run_role(role, load_written(job_file))
+        code, context = _run_role(role, load_written(job_file), job_file)
     except GRPOError as error:
         print(f"{role}: {error.reason}: {error}", file=sys.stderr, flush=True)
         _last_word(error.reason, str(error), error.context)
@@ -59,7 +59,7 @@ def run(role: str, job_file: str) -> int:
             return int(MemoryFullError.exit_code)
         _last_word("UnexpectedError", f"{type(error).__name__}: {error}", {})
         return int(ExitCode.INTERNAL)
-    if code == ExitCode.DONE:
+    if code == ExitCode.DONE and role != "node":
         _last_word("Completed", "", context)
     return code
 
@@ -88,13 +88,17 @@ def _end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-def _run_role(role: str, job: GRPOJob) -> tuple[int, dict[str, object]]:
+def _run_role(role: str, job: GRPOJob, job_file: str) -> tuple[int, dict[str, object]]:
     """The role's exit code, and what its last word tells besides; a trainer node with several ranks passes on the code of the first
     that failed."""
     if role == "coordinator":
         from grpo_worker.coordinator.main import run as run_coordinator
 
         return int(ExitCode.DONE), run_coordinator(job)
+    if role == "node":  # its children ask for the device themselves
+        from grpo_worker.local.node import run as run_node
+
+        return run_node(job, job_file), {}
     _require_device(job.spec.runtime.device)
     if role == "trainer":
         from grpo_worker.trainer.main import run as run_trainer

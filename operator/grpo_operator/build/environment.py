@@ -94,6 +94,8 @@ def _identity(job: Job, role: Role, index: int, status: GRPOJobStatus) -> dict[s
             "MASTER_ADDR": host(job, Role.TRAINER, 0),
             "MASTER_PORT": str(ports.rendezvous),
         }
+        if spec.colocated:
+            values[names.ROLLOUT_PORT] = str(ports.rollout)  # of the node's first engine
     else:
         values |= {names.REPLICA_INDEX: str(index), names.ROLLOUT_PORT: str(ports.rollout)}
     token = {"secretKeyRef": {"name": token_secret_name(job.name), "key": KEY}}

@@ -18,6 +18,7 @@ from grpo_operator.build.volumes import WORKSPACE, volumes
 from grpo_operator.facts import Job
 from grpo_operator.labels import ATTEMPT, CONFIG, CONTAINER, INDEX, ROLE, Role, member_name, pod_name, service_name
 from grpo_operator.settings import Settings
+from grpo_worker.config import Spec
 from grpo_worker.config.status import GRPOJobStatus
 
 USER_ID = 65532  # of the worker image
@@ -75,7 +76,7 @@ def _worker(
         "name": CONTAINER,
         "image": runtime.image or settings.worker_image,
         "imagePullPolicy": runtime.image_pull_policy if runtime.image else settings.worker_image_pull_policy,
-        "command": ["grpo-worker", role.value, "--job", f"{DIRECTORY}/{FILE}"],
+        "command": ["grpo-worker", _command(spec, role), "--job", f"{DIRECTORY}/{FILE}"],
         "workingDir": WORKSPACE,
         "env": environment(job, role, index, status),
         "ports": [
@@ -102,6 +103,11 @@ def _worker(
             "failureThreshold": 3,
         }
     return container
+
+
+def _command(spec: Spec, role: Role) -> str:
+    """CUDA IPC needs the trainer's ranks and the engines of their devices in one PID namespace, so in one container."""
+    return "node" if spec.colocated and role is Role.TRAINER else role.value
 
 
 def _pull_secrets(job: Job) -> list[dict[str, str]]:

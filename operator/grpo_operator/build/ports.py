@@ -19,6 +19,7 @@ class Ports:
     weight_sync: int = 7602
     rendezvous: int = 7603
     rollout: int = 7604
+    engines_of_a_node: int = 0  # in a trainer's pod: the next ports are theirs
 
     def of_role(self, role: Role) -> dict[str, int]:
         """Port numbers of one role's pods by name (at most 15 characters, RFC 6335)."""
@@ -26,11 +27,15 @@ class Ports:
             return {"coordinator": self.coordinator}
         if role is Role.ROLLOUT:
             return {"rollout": self.rollout}
-        return {"trainer": self.trainer, "weight-sync": self.weight_sync, "rendezvous": self.rendezvous}
+        engines = {
+            f"rollout-{index}" if index else "rollout": self.rollout + index for index in range(self.engines_of_a_node)
+        }
+        return {"trainer": self.trainer, "weight-sync": self.weight_sync, "rendezvous": self.rendezvous, **engines}
 
 
 def ports_of(job: Job) -> Ports:
-    network, usual = spec_of(job).network, Ports()
+    spec, usual = spec_of(job), Ports()
+    network, engines = spec.network, spec.engines_of_a_node
     given = (network.trainer_port, network.weight_sync_port, network.rendezvous_port)
     taken = set(given)
     numbers = []
@@ -44,5 +49,11 @@ def ports_of(job: Job) -> Ports:
         trainer=trainer,
         weight_sync=weight_sync,
         rendezvous=rendezvous,
-        rollout=network.rollout_port or usual.rollout,
+        rollout=network.rollout_port or _free_range(usual.rollout, engines, taken),
+        engines_of_a_node=engines,
     )
+
+
+def _free_range(first: int, count: int, taken: set[int]) -> int:
+    """The first port from `first` on from which `count` are free; engines in pods of their own share a pod with nobody."""
+    return next(port for port in range(first, 65536) if not taken.intersection(range(port, port + count)))

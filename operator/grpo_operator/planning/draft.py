@@ -70,8 +70,8 @@ class Draft:
 
     @property
     def wanted(self) -> list[tuple[Role, int]]:
-        """All that the job is to have: the set and rollout.replicas engines."""
-        return [*self.members, *((Role.ROLLOUT, index) for index in range(self.spec.rollout.replicas))]
+        """All that the job is to have: the set, and rollout.replicas engines with pods of their own."""
+        return [*self.members, *((Role.ROLLOUT, index) for index in range(self.spec.rollout_pods))]
 
     @property
     def set_pods(self) -> list[Pod]:
@@ -91,7 +91,7 @@ class Draft:
     @property
     def rollouts(self) -> list[Pod]:
         """Rollout pods that the job wants, by index."""
-        wanted = range(self.spec.rollout.replicas)
+        wanted = range(self.spec.rollout_pods)
         oldest = self.status.rollout_attempt or 0
         pods = (pod for pod in self.seen.pods if pod.role is Role.ROLLOUT and pod.attempt >= oldest)
         return sorted((pod for pod in pods if pod.index in wanted), key=lambda pod: pod.index)
@@ -99,7 +99,7 @@ class Draft:
     @property
     def excess(self) -> list[Pod]:
         """Rollout pods beyond rollout.replicas."""
-        return [pod for pod in self.seen.pods if pod.role is Role.ROLLOUT and pod.index >= self.spec.rollout.replicas]
+        return [pod for pod in self.seen.pods if pod.role is Role.ROLLOUT and pod.index >= self.spec.rollout_pods]
 
     @property
     def leftovers(self) -> list[Pod]:

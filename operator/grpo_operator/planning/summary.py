@@ -40,7 +40,7 @@ def _present(draft: Draft) -> list[Pod]:
 
 def _roles(draft: Draft) -> None:
     known = {role.name: role.restarts or 0 for role in draft.status.roles or []}
-    desired = {Role.COORDINATOR: 1, Role.TRAINER: draft.spec.trainer.nodes, Role.ROLLOUT: draft.spec.rollout.replicas}
+    desired = {Role.COORDINATOR: 1, Role.TRAINER: draft.spec.trainer.nodes, Role.ROLLOUT: draft.spec.rollout_pods}
     ready = {role: sum(pod.role is role and pod.ready and not pod.deleting for pod in _present(draft)) for role in Role}
     draft.update(
         roles=[

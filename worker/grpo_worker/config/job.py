@@ -53,6 +53,12 @@ class Spec(Section):
     runtime: Runtime = field(Runtime, "The machine.")
     network: Network = field(Network, "Ports and limits.")
     scheduling: Scheduling = field(Scheduling, "Where pods may run.")
+    placement: Literal["Disaggregated", "Colocated"] = field(
+        "Disaggregated",
+        "Disaggregated: trainer ranks and engines have devices of their own (under `grpo run` they share when there are too few, each with its "
+        "memory). Colocated: they have the same devices in turn, tensorParallelSize ranks an engine; engines give their memory back while the "
+        "trainer works.",
+    )
     suspend: bool = field(
         False,
         "Save, stop and free the devices; false again goes on from the checkpoint.",
@@ -72,11 +78,39 @@ class Spec(Section):
     )
 
     @property
+    def colocated(self) -> bool:
+        return self.placement == "Colocated"
+
+    @property
+    def ranks(self) -> int:
+        """Of the trainer."""
+        return self.trainer.nodes * self.trainer.gpus_per_node
+
+    @property
+    def engines(self) -> int:
+        """Rollout servers; colocated ones are as many as the trainer's devices hold."""
+        return self.ranks // self.rollout.tensor_parallel_size if self.colocated else self.rollout.replicas
+
+    @property
+    def rollout_pods(self) -> int:
+        """On a cluster. Colocated engines are in the trainers' pods."""
+        return 0 if self.colocated else self.rollout.replicas
+
+    @property
+    def engines_of_a_node(self) -> int:
+        """In the pod of a trainer node."""
+        return self.trainer.gpus_per_node // self.rollout.tensor_parallel_size if self.colocated else 0
+
+    @property
     def devices(self) -> int:
-        """Devices that trainer ranks and engines ask for, one each, shared or not."""
-        return (
-            self.trainer.nodes * self.trainer.gpus_per_node + self.rollout.replicas * self.rollout.tensor_parallel_size
-        )
+        """Devices that trainer ranks and engines ask for, shared or not."""
+        return self.ranks if self.colocated else self.ranks + self.engines * self.rollout.tensor_parallel_size
+
+    @property
+    def weight_transport(self) -> Literal["store", "nccl", "ipc"]:
+        """What `network.weightSync` means for this job."""
+        chosen = self.network.weight_sync
+        return ("ipc" if self.colocated else "store") if chosen == "auto" else chosen
 
 
 class GRPOJob(Section):

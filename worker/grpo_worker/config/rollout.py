@@ -25,6 +25,7 @@ OWN_ENGINE_ARGS: dict[str, tuple[str, str]] = {
     "logprobs_mode": ("string", ""),
     "skip_tokenizer_init": ("boolean", ""),
     "weight_transfer_config": ("object", ""),
+    "enable_sleep_mode": ("boolean", "placement"),
     "worker_extension_cls": ("string", ""),
 }
 

@@ -190,8 +190,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "rollout.minReplicas",
-        lambda s: (s.rollout.min_replicas or 0) > s.rollout.replicas,
-        "!has(self.rollout.minReplicas) || self.rollout.minReplicas <= self.rollout.replicas",
+        lambda s: (s.rollout.min_replicas or 0) > max(s.rollout.replicas, s.engines),
+        "!has(self.rollout.minReplicas) || self.rollout.minReplicas <= self.rollout.replicas || (self.placement == 'Colocated' && "
+        "self.rollout.minReplicas * self.rollout.tensorParallelSize <= self.trainer.nodes * self.trainer.gpusPerNode)",
         "is more than rollout.replicas, so generation could never start",
         "Lower rollout.minReplicas or raise rollout.replicas.",
     ),
@@ -296,6 +297,35 @@ RULES: tuple[Rule, ...] = (
         "Keep one: a number of sequences, or a token budget.",
     ),
     Rule(
+        "rollout.maxStaleness",
+        lambda s: s.colocated and s.rollout.max_staleness > 0,
+        "self.placement != 'Colocated' || self.rollout.maxStaleness == 0",
+        "overlaps generation with training, and with placement Colocated they have the devices in turn",
+        "Set it to 0, or placement to Disaggregated.",
+    ),
+    Rule(
+        "rollout.tensorParallelSize",
+        lambda s: s.colocated and s.trainer.gpus_per_node % s.rollout.tensor_parallel_size,
+        "self.placement != 'Colocated' || self.trainer.gpusPerNode % self.rollout.tensorParallelSize == 0",
+        "does not divide trainer.gpusPerNode, whose devices the engines of placement Colocated take in turn with the trainer",
+        "Choose a divisor of trainer.gpusPerNode.",
+    ),
+    Rule(
+        "rollout.replicas",
+        lambda s: s.colocated and s.rollout.replicas not in (1, s.engines),
+        "self.placement != 'Colocated' || self.rollout.replicas == 1 || "
+        "self.rollout.replicas * self.rollout.tensorParallelSize == self.trainer.nodes * self.trainer.gpusPerNode",
+        "is not what placement Colocated makes of trainer.nodes * trainer.gpusPerNode / rollout.tensorParallelSize",
+        "Leave it out: the engines are as many as the trainer's devices hold.",
+    ),
+    Rule(
+        "network.weightSync",
+        lambda s: s.network.weight_sync == ("nccl" if s.colocated else "ipc"),
+        "self.network.weightSync != (self.placement == 'Colocated' ? 'nccl' : 'ipc')",
+        "does not go with the placement: ipc is for trainer and engines on the same devices (Colocated), nccl for devices apart",
+        "Set it to auto.",
+    ),
+    Rule(
         "network.memberTimeoutSeconds",
         lambda s: s.network.member_timeout_seconds < 3 * s.network.heartbeat_seconds,
         "self.network.memberTimeoutSeconds >= 3.0 * self.network.heartbeatSeconds",
@@ -312,9 +342,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "network.rolloutPort",
-        lambda s: s.network.rollout_port and s.network.rollout_port + s.rollout.replicas > 65536,
-        "self.network.rolloutPort == 0 || self.network.rolloutPort + self.rollout.replicas <= 65536",
-        "leaves no port for the last of rollout.replicas: replica i takes this port + i under `grpo run`",
+        lambda s: s.network.rollout_port and s.network.rollout_port + s.engines > 65536,
+        "self.network.rolloutPort == 0 || self.network.rolloutPort + (self.placement == 'Colocated' ? "
+        "self.trainer.nodes * self.trainer.gpusPerNode / self.rollout.tensorParallelSize : self.rollout.replicas) <= 65536",
+        "leaves no port for the last engine: engine i takes this port + i under `grpo run`",
         "Lower it, or set 0.",
     ),
     Rule(

@@ -118,6 +118,10 @@ class TrainingLoop:
             if schedule.at_end and self._step > 0:
                 return False
             raise nothing_to_train(self._step + 1, batch.filtered, batch.failed)
+        memory: dict[str, float] = {}
+        if self._spec.colocated:
+            with timer.part("sleep"):
+                memory = await parts.weights.rest()
         credited, metrics = await parts.learner.learn(batch.ready, self._step + 1, schedule.last_version, timer)
         self._step += 1
         self._updates += len(credited.experience.mini_batch_sequences) * self._spec.actor.ppo_epochs
@@ -126,7 +130,7 @@ class TrainingLoop:
         report = await self._publish(timer)  # of the version before, where engines take weights beside the training
         self._collector.trained(self._step)
         metrics |= report.metrics() | group_metrics(batch, self._step - 1) | extra_reward_metrics(batch.ready)
-        metrics |= counts.metrics()
+        metrics |= counts.metrics() | memory
         parts.progress.failed_samples(counts.kinds)
         if self._due(self._spec.checkpoint.save_freq):
             with timer.part("save_checkpoint"):
@@ -160,7 +164,7 @@ class TrainingLoop:
         weights, spec = self._parts.weights, self._spec
         report = await weights.settled()
         # All of them before the first step of this life: an on-policy step is split over the engines in service. Later, those that live.
-        count = 1 if self._published else spec.rollout.min_replicas or spec.rollout.replicas
+        count = 1 if self._published else spec.rollout.min_replicas or spec.engines
         await self._unless_stopped(weights.wait_in_service(count, spec.failure_policy.startup_timeout_seconds))
         return report
 

@@ -58,7 +58,7 @@ class Coordinator:
 
     async def run(self) -> dict[str, object]:
         """Returns how far the run got (`Progress.last_word`). Raises GRPOError, with the same as its context."""
-        network = self._spec.network
+        network, transport = self._spec.network, self._spec.weight_transport
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20) as session:
             client = MemberClient(session, self._members, self._token)
             self._trainer = TrainerClient(client, self._members, network.request_timeout_seconds)
@@ -69,8 +69,10 @@ class Coordinator:
                 network.weight_sync_timeout_seconds,
                 self._events.emit,
                 clear_cache=self._spec.rollout.clears_kv_cache,
-                workers_in_group=self._spec.rollout.tensor_parallel_size if network.weight_sync == "nccl" else 0,
+                workers_in_group=0 if transport == "store" else self._spec.rollout.tensor_parallel_size,
+                pairs=transport == "ipc",
                 patience_seconds=network.member_timeout_seconds,
+                startup_seconds=self._spec.failure_policy.startup_timeout_seconds,
             )
             self._progress = Progress(
                 self._job.name, self._incarnation, self._members, self._weights, self._spec.trainer.total_epochs
@@ -131,6 +133,7 @@ class Coordinator:
             policy_version=self._weights.version,
             max_staleness=self._spec.rollout.max_staleness,
             stop=self._stopping,
+            hold=self._spec.colocated and beat.role == "rollout" and not self._weights.may_load(beat),
         )
 
     def _stop(self, reason: str) -> None:

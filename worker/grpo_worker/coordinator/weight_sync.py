@@ -4,8 +4,10 @@ Invariant: an engine gets prompts only after this coordinator made it apply the 
 version and digest back. A restarted engine, a restarted coordinator and an engine whose sync failed all go the same way in, beside
 training, by the store: a version is settled when the engines that were in service have it or were lost. One version is on its way at a time.
 
-With `nccl` a version goes to the engines in service at once, over a group that lasts until its members change or one of them fails. The
+With `nccl` and `ipc` a version goes to the engines in service at once, over a group that lasts until its members change or one of them fails. The
 store gets it when somebody needs it there: at the first publish, when an engine is about to join, and afterwards while the trainer still has it.
+
+Colocated engines sleep from `rest` on until the next `publish`. Nobody joins meanwhile, and no process of an engine takes memory.
 """
 
 import asyncio
@@ -13,6 +15,7 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Emit, Member, Members
@@ -23,15 +26,19 @@ from grpo_worker.protocol.messages import (
     ApplyWeightsReply,
     ApplyWeightsRequest,
     GroupPlace,
+    Heartbeat,
     PublishReply,
     PublishRequest,
+    SleepReply,
+    SleepRequest,
     StoreSource,
 )
-from grpo_worker.weightsync.broadcast import SENDER
+from grpo_worker.weightsync.channels import SENDER
 
 RETRY_SECONDS = 1.0  # before a sync is tried again; doubles
 MAX_RETRY_SECONDS = 30.0
 ANSWER_SECONDS = 10.0  # that an engine has, after the limit, to say itself what went wrong
+GIB = 1 << 30
 MISMATCH = "WeightsMismatch"  # the tensors do not fit the engine's model: trying again cannot help
 
 
@@ -41,7 +48,7 @@ NOT_HELD = "VersionNotHeld"  # the trainer's weights have changed since
 
 @dataclass
 class Group:
-    """Members of the `nccl` transport beside the trainer, in the order of their ranks."""
+    """Members of a group beside the trainer, in the order of their ranks."""
 
     generation: int
     engines: list[Member]
@@ -85,13 +92,17 @@ class WeightSync:
         *,
         clear_cache: bool = True,
         workers_in_group: int = 0,
+        pairs: bool = False,
         patience_seconds: float = 30.0,
+        startup_seconds: float = 1800.0,
     ) -> None:
         """
         Args:
             clear_cache: requests that run during a swap lose their KV cache, and it is computed again.
-            workers_in_group: an engine's workers in the group of `nccl`; 0: everything goes by the store.
+            workers_in_group: an engine's workers in a group; 0: everything goes by the store.
+            pairs: groups are pairs of a trainer rank and the worker on its device (`ipc`), not one for all (`nccl`).
             patience_seconds: of a group's member for another one.
+            startup_seconds: that an engine may need to start.
         """
         self._client = client
         self._members = members
@@ -100,7 +111,11 @@ class WeightSync:
         self._emit = emit
         self._clear_cache = clear_cache
         self._workers_in_group = workers_in_group
+        self._pairs = pairs
         self._patience_seconds = patience_seconds
+        self._startup_seconds = startup_seconds
+        self._resting: list[Member] | None = None  # engines in service that sleep; None: nobody has to
+        self._let_in: set[str] = set()  # instances of engines that may take memory, or have it
         self._version: int | None = None
         self._source: StoreSource | None = None  # of that version, or of an older one
         self._meeting_port = 0
@@ -128,6 +143,45 @@ class WeightSync:
         member.served = None
         self._members.notify()
 
+    def may_load(self, beat: Heartbeat) -> bool:
+        """Whether the engine that says it is alive may take memory. Who may once may always: `rest` waits for it."""
+        if self._resting is None:
+            self._let_in.add(beat.instance)
+        return beat.instance in self._let_in
+
+    async def rest(self) -> dict[str, float]:
+        """The trainer's turn, for colocated engines: they give their devices' memory back, those that start have it first.
+        One that does not is told of; it is lost, or the trainer will find no memory. Returns metrics.
+        """
+        deadline = time.monotonic() + self._startup_seconds
+        self._resting = self.in_service()
+        while any(
+            member.beat.role == "rollout" and member.beat.state == "starting" and member.beat.instance in self._let_in
+            for member in self._members.present()
+        ):
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            with self._members.waiting("engines that have begun to start, before the trainer has the devices"):
+                await self._members.wait(min(left, RETRY_SECONDS))
+        engines = self._members.alive("rollout")
+        asleep = await asyncio.gather(*map(self._put_to_sleep, engines))
+        sleeping = {member: reply for member, reply in zip(engines, asleep, strict=True) if reply is not None}
+        self._resting = [member for member in sleeping if member in self._resting]
+        used = max((reply.device_bytes for reply in sleeping.values()), default=0)
+        return {"memory/generating_measured_gib": used / GIB} if used else {}
+
+    async def _put_to_sleep(self, member: Member) -> SleepReply | None:
+        request, limit = SleepRequest(timeout_seconds=self._timeout_seconds), self._timeout_seconds + ANSWER_SECONDS
+        try:
+            reply: SleepReply = await self._client.ask(
+                member, "/v1/sleep", request, SleepReply, limit, "its turn to sleep"
+            )
+        except PeerLostError as error:
+            self.doubt(member)
+            self._emit("warning", "EngineAwake", f"{error}. Its memory may be missing to the trainer.")
+            return None
+        return reply
+
     async def publish(self, version: int) -> None:
         """The trainer's weights become `version`, and every engine in service (at first: alive) begins to take it, beside what follows.
         Those that fail leave service, and join again. Waits for the version before.
@@ -138,6 +192,8 @@ class WeightSync:
             await self.settled()
         first = self._version is None
         engines = self._members.alive("rollout") if first else self.in_service()
+        if self._resting is not None:
+            engines = [member for member in self._resting if self._members.lives(member)]
         joining = [member for member in self._members.alive("rollout") if member not in engines]
         group = None if first or not engines else self._group_of(engines)
         if group is None:
@@ -145,10 +201,11 @@ class WeightSync:
                 reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
             self._version, self._source, self._meeting_port = version, reply.store, reply.meeting_port
             self._publishing = engines
+            self._resting = None
             self._applying = asyncio.create_task(self._apply_to(engines, SyncReport(version, reply.seconds)))
             return
-        place = self._place(group, SENDER)
-        self._version, self._publishing = version, engines
+        place = self._senders_place(group)
+        self._version, self._publishing, self._resting = version, engines, None
         sent: asyncio.Future[PublishReply] = asyncio.get_running_loop().create_future()
         self._applying = asyncio.create_task(self._broadcast_to(group, version, sent))
         try:
@@ -172,16 +229,34 @@ class WeightSync:
             self._group = Group(next(self._generations), engines)
         return self._group
 
-    def _place(self, group: Group, rank: int) -> GroupPlace:
+    def _place(self, group: Group, rank: int, **of_pairs: Any) -> GroupPlace:
         assert self._source is not None
         return GroupPlace(
             host=self._source.host, port=self._meeting_port, generation=group.generation, rank=rank,
-            world_size=1 + len(group.engines) * self._workers_in_group, patience_seconds=self._patience_seconds,
+            world_size=2 if self._pairs else 1 + len(group.engines) * self._workers_in_group,
+            patience_seconds=self._patience_seconds, **of_pairs,
         )  # fmt: skip
+
+    def _senders_place(self, group: Group) -> GroupPlace:
+        if not self._pairs:
+            return self._place(group, SENDER)
+        firsts = map(self._first_pair, group.engines)
+        ranks = tuple(first + worker for first in firsts for worker in range(self._workers_in_group))
+        return self._place(group, SENDER, pair=SENDER, pairs=ranks)
+
+    def _receivers_places(self, group: Group) -> list[GroupPlace]:
+        """Of each engine's first worker."""
+        if self._pairs:
+            return [self._place(group, 1, pair=self._first_pair(member)) for member in group.engines]
+        return [self._place(group, 1 + index * self._workers_in_group) for index in range(len(group.engines))]
+
+    def _first_pair(self, engine: Member) -> int:
+        """The trainer rank on the device of an engine's first worker: `rollout-2` has the third share of the ranks' devices."""
+        return int(engine.name.rpartition("-")[2]) * self._workers_in_group
 
     async def _broadcast_to(self, group: Group, version: int, sent: "asyncio.Future[PublishReply]") -> SyncReport:
         """A group that fails for one member is none any more; who does not have the version joins by the store."""
-        places = [self._place(group, 1 + index * self._workers_in_group) for index in range(len(group.engines))]
+        places = self._receivers_places(group)
         asked = asyncio.gather(
             *(self._try(member, version, place) for member, place in zip(group.engines, places, strict=True)),
             return_exceptions=True,
@@ -254,7 +329,7 @@ class WeightSync:
                     self._applying.result()
                 for member in [member for member, task in joining.items() if task.done()]:
                     joining.pop(member).result()
-                if self._version is not None:
+                if self._version is not None and self._resting is None:
                     busy = [*joining, *self._publishing, *self.in_service()]
                     for member in self._members.alive("rollout"):
                         if member not in busy:
@@ -289,7 +364,7 @@ class WeightSync:
         """Until the engine serves the version that is current then, or is lost."""
         pause = RETRY_SECONDS
         while self._members.lives(member):
-            if await self._stored() and (reply := await self._try(member)) is not None:
+            if self._resting is None and await self._stored() and (reply := await self._try(member)) is not None:
                 self._emit("info", "RolloutJoined", f"{member.name} serves weights of version {reply.version}")
                 self._members.notify()
                 return

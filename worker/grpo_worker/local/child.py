@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class ChildSpec:
     name: str
     role: str
     job_file: Path
-    log: Path
+    log: Path | None  # None: our own output
     termination: Path
     environment: Mapping[str, str]
 
@@ -35,14 +36,21 @@ def command(spec: ChildSpec) -> list[str]:
     return [sys.executable, "-m", "grpo_worker.entrypoint", spec.role, "--job", str(spec.job_file)]
 
 
+def code_text(code: int | None) -> str:
+    """For a person."""
+    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+
+
 class Child:
     """A running process; `code` is None until it ends."""
 
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
         spec.termination.unlink(missing_ok=True)
-        spec.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log_start = spec.log.stat().st_size if spec.log.exists() else 0
+        self._log_start = 0
+        if spec.log is not None:
+            spec.log.parent.mkdir(parents=True, exist_ok=True)
+            self._log_start = spec.log.stat().st_size if spec.log.exists() else 0
         environment = {
             **os.environ,
             **spec.environment,
@@ -50,14 +58,14 @@ class Child:
             PARENT_PID: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
-        with spec.log.open("ab") as log:
+        with nullcontext() if spec.log is None else spec.log.open("ab") as log:
             # A session of its own: the terminal's Ctrl-C reaches the supervisor alone.
             self._process = subprocess.Popen(
                 command(spec),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=subprocess.STDOUT,
+                stderr=None if log is None else subprocess.STDOUT,
                 start_new_session=True,
             )
 
@@ -106,6 +114,8 @@ class Child:
             self._process.send_signal(number)
 
     def _tail(self) -> str:
+        if self.spec.log is None:
+            return ""
         try:
             with self.spec.log.open("rb") as log:
                 log.seek(max(self._log_start, self.spec.log.stat().st_size - 8192))

@@ -1,7 +1,7 @@
 """Which processes a job has on this machine, and which GPUs, threads and ports each gets.
 
 Invariant: a pure function of the document and of what the machine has. Trainer ranks take the first GPUs, engines the next ones; when
-there are too few, they share (so one GPU runs a whole job, if memory allows).
+there are too few, they share (so one GPU runs a whole job, if memory allows). Colocated engines take the ranks' GPUs, in the ranks' order.
 """
 
 import glob
@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from grpo_worker.config import Spec
-from grpo_worker.environment import REPLICA_INDEX
+from grpo_worker.environment import REPLICA_INDEX, ROLLOUT_PORT
 from grpo_worker.errors import ConfigError
 
 
@@ -45,25 +45,60 @@ def place(spec: Spec, machine: Machine) -> list[Process]:
     if device == "cuda" and not machine.gpus:
         raise ConfigError("runtime.device: cuda, but this machine has no GPU. Set it to auto or cpu.")
     gpus = machine.gpus if device != "cpu" else ()
-    if spec.network.weight_sync == "nccl" and 0 < len(gpus) < spec.devices:
+    if spec.weight_transport == "nccl" and 0 < len(gpus) < spec.devices:
         raise ConfigError(
             f"network.weightSync: nccl needs a GPU for each trainer rank and each engine's worker, {spec.devices} in all, and this machine "
             f"has {len(gpus)}: they would share, which NCCL cannot. Set it to store."
         )
-    ranks, engines = spec.trainer.nodes * spec.trainer.gpus_per_node, spec.rollout.replicas
-    # Idle threads sleep: processes that share cores would otherwise spin against each other (seen: a 20 times longer update).
-    threads = {"OMP_NUM_THREADS": str(_threads(spec, machine, ranks, engines)), "OMP_WAIT_POLICY": "PASSIVE"}
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    processes = [Process("coordinator", "coordinator", {"OMP_NUM_THREADS": "1", **hidden})]
+    if spec.colocated and 0 < len(gpus) < spec.devices:
+        raise ConfigError(
+            f"placement: Colocated needs a GPU for each trainer rank, {spec.devices} in all, and this machine has {len(gpus)}. Lower "
+            "trainer.gpusPerNode."
+        )
+    processes = [Process("coordinator", "coordinator", {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})]
+    shared = _shared_environment(spec, machine)
+    per_node = spec.trainer.gpus_per_node
     for node in range(spec.trainer.nodes):
-        first = node * spec.trainer.gpus_per_node
-        visible = _visible(gpus, range(first, first + spec.trainer.gpus_per_node))
-        processes.append(Process(f"trainer-{node}", "trainer", {**threads, **visible, "NODE_RANK": str(node)}))
-    for index in range(engines):
-        first = ranks + index * spec.rollout.tensor_parallel_size
-        visible = _visible(gpus, range(first, first + spec.rollout.tensor_parallel_size))
-        processes.append(Process(f"rollout-{index}", "rollout", {**threads, **visible, REPLICA_INDEX: str(index)}))
-    return processes
+        processes.append(_trainer(node, gpus, node * per_node, spec, shared))
+    first = 0 if spec.colocated else spec.ranks
+    return processes + [_engine(index, gpus, first, spec, shared) for index in range(spec.engines)]
+
+
+def place_node(spec: Spec, machine: Machine, node: int, first_port: int) -> list[Process]:
+    """Those of one node of a colocated job, whose machine or pod has its GPUs alone: its trainer and its engines. Raises ConfigError."""
+    gpus = machine.gpus if spec.runtime.device != "cpu" else ()
+    if 0 < len(gpus) < spec.trainer.gpus_per_node:
+        raise ConfigError(
+            f"trainer.gpusPerNode: {spec.trainer.gpus_per_node}, and this node gave {len(gpus)} GPUs to this process."
+        )
+    shared, count = _shared_environment(spec, machine), spec.engines_of_a_node
+    engines = []
+    for local in range(count):
+        placed = _engine(local, gpus, 0, spec, shared)
+        index = node * count + local
+        environment = placed.environment | {
+            REPLICA_INDEX: str(index),
+            ROLLOUT_PORT: str(first_port and first_port + local),
+        }
+        engines.append(Process(f"rollout-{index}", "rollout", environment))
+    return [_trainer(node, gpus, 0, spec, shared), *engines]
+
+
+def _trainer(node: int, gpus: tuple[str, ...], first: int, spec: Spec, shared: dict[str, str]) -> Process:
+    visible = _visible(gpus, range(first, first + spec.trainer.gpus_per_node))
+    return Process(f"trainer-{node}", "trainer", {**shared, **visible, "NODE_RANK": str(node)})
+
+
+def _engine(index: int, gpus: tuple[str, ...], first: int, spec: Spec, shared: dict[str, str]) -> Process:
+    first += index * spec.rollout.tensor_parallel_size
+    visible = _visible(gpus, range(first, first + spec.rollout.tensor_parallel_size))
+    return Process(f"rollout-{index}", "rollout", {**shared, **visible, REPLICA_INDEX: str(index)})
+
+
+def _shared_environment(spec: Spec, machine: Machine) -> dict[str, str]:
+    # Idle threads sleep: processes that share cores would otherwise spin against each other (seen: a 20 times longer update).
+    threads = _threads(spec, machine, spec.ranks, spec.engines)
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def device_count(spec: Spec, machine: Machine) -> int:

@@ -5,14 +5,11 @@ one run at a time in a run directory.
 """
 
 import fcntl
-import http.client
 import json
 import os
 import secrets
 import signal
 import time
-import urllib.error
-import urllib.request
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,18 +35,17 @@ from grpo_worker.errors import (
     YieldedError,
     one_line,
 )
-from grpo_worker.local.child import Child, ChildSpec
+from grpo_worker.local.child import Child, ChildSpec, code_text
 from grpo_worker.local.placement import Machine, Process, device_count, place
 from grpo_worker.local.policy import Action, Budget, Decision, decide
+from grpo_worker.local.status import ask_status
 from grpo_worker.local.variables import document_variables
 from grpo_worker.local.view import View
 from grpo_worker.metric_loggers import EventLog, read_events
 from grpo_worker.ports import free_port, require_free
-from grpo_worker.protocol.auth import authorization
 from grpo_worker.run_directory import RunDirectory
 
 POLL_SECONDS = 0.25
-STATUS_TIMEOUT_SECONDS = 2.0
 TOLD_TO_STOP_SECONDS = 30.0  # after a worker ended as told, for the coordinator to end too
 END_GRACE_SECONDS = 10.0
 ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -110,7 +106,7 @@ class Supervisor:
         ):
             if port:
                 require_free(port, field)
-        for index in range(self._spec.rollout.replicas if network.rollout_port else 0):
+        for index in range(self._spec.engines if network.rollout_port else 0):
             require_free(network.rollout_port + index, "rolloutPort")
         port = network.coordinator_port or free_port()
         self._url = f"http://127.0.0.1:{port}"
@@ -174,7 +170,8 @@ class Supervisor:
     def _look(self) -> None:
         """Ask for /status, read new events, show both."""
         coordinator = self._children.get("coordinator")
-        status = self._get_status() if coordinator is not None and coordinator.code is None else None
+        running = coordinator is not None and coordinator.code is None
+        status = ask_status(self._url, self._token) if running else None
         self._status = status or self._status
         # A checkpoint that the run began with is not its own: the document may name it again.
         self._saved = self._saved or bool(
@@ -187,15 +184,6 @@ class Supervisor:
                 budget.progressed()
         events, self._offset = read_events(self._directory.events, self._offset)
         self._view.update(status, events)
-
-    def _get_status(self) -> dict[str, Any] | None:
-        request = urllib.request.Request(f"{self._url}/status", headers=authorization(self._token))
-        try:
-            with urllib.request.urlopen(request, timeout=STATUS_TIMEOUT_SECONDS) as response:
-                status: dict[str, Any] = json.load(response)
-                return status
-        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
-            return None  # it is starting, or ended in the middle of its answer
 
     def _ended(self) -> Decision | None:
         """The decision about children that ended; members of the set end together."""
@@ -242,7 +230,7 @@ class Supervisor:
         self._events.emit(
             "warning",
             reason,
-            f"{decision.culprit} ended ({_code_text(culprit.code)}): {one_line(message) or reason}. "
+            f"{decision.culprit} ended ({code_text(culprit.code)}): {one_line(message) or reason}. "
             f"Restarting {' and '.join(names)} in {wait:.0f} s",
         )
         for name in names:
@@ -340,7 +328,3 @@ class Supervisor:
             child.wait(END_GRACE_SECONDS)
             child.kill()
             child.wait(END_GRACE_SECONDS)
-
-
-def _code_text(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"

@@ -60,6 +60,7 @@ class HeartbeatReply(msgspec.Struct, frozen=True, kw_only=True):
     policy_version: int | None
     max_staleness: int
     stop: bool = False  # the job is over: end with exit code 0
+    hold: bool = False  # the trainer has the devices: an engine that shares them does not load yet
 
 
 # --- rollout ------------------------------------------------------------------------------------------------------------------
@@ -138,15 +139,18 @@ class StoreSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """A place in the group of the `nccl` transport: the trainer's rank 0 and every worker of every engine that it names."""
+    """A place in a group. With `nccl` that is the trainer's rank 0 and every worker of every engine; with `ipc` each trainer rank and the
+    engine's worker on its device are a pair."""
 
     host: str  # where the members meet
     port: int
     generation: int  # a new one for each set of members
-    rank: int  # of the member; of an engine's first worker
+    rank: int  # of the member; of an engine's first worker; 0 sends
     world_size: int
     patience_seconds: float  # of a member, for another one
     bucket_bytes: int = 256 << 20  # that travel at a time; a larger tensor travels alone
+    pair: int | None = None  # with `ipc`: the trainer rank of the pair; of an engine's first worker
+    pairs: tuple[int, ...] = ()  # with `ipc`, to the trainer: its ranks that have a partner
 
 
 class ApplyWeightsRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +172,16 @@ class ApplyWeightsReply(msgspec.Struct, frozen=True, kw_only=True):
     apply_seconds: float  # into the engine; over a group with the way
     pause_seconds: float  # generation stood still
     total_seconds: float
+
+
+class SleepRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Coordinator -> rollout, POST /v1/sleep: give the device to the trainer. The next weights wake the engine."""
+
+    timeout_seconds: float
+
+
+class SleepReply(msgspec.Struct, frozen=True, kw_only=True):
+    device_bytes: int  # that were in use on the fullest of the engine's devices before, whoever had them; 0 on CPU
 
 
 # --- trainer ------------------------------------------------------------------------------------------------------------------

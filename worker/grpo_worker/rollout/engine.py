@@ -2,7 +2,7 @@
 
 Invariant: the engine serves exactly the weights whose version and digest its workers report. A pull that fails leaves
 the old weights serving and generation running; a swap that fails half-way leaves the engine paused and marked as having
-no version, until another swap succeeds.
+no version, until another swap succeeds. An engine that sleeps has no weights: the swap that brings some wakes it.
 
 Run with vLLM 0.32.0 (CPU). Written against the sources of 0.26, 0.28 and 0.33: `LLMEngine` and its in-process core, which
 vLLM's own `LLM` runs on.
@@ -33,6 +33,8 @@ from grpo_worker.protocol.messages import (
     Array,
     PromptRequest,
     Sampling,
+    SleepReply,
+    SleepRequest,
     StoreSource,
 )
 from grpo_worker.rollout.options import (
@@ -60,6 +62,8 @@ from grpo_worker.weightsync.manifest import TensorSpec, expected_tensors, layout
 log = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 10.0
+# What sleeps, as vLLM calls it. Weights are not kept (level 2): those that wake the engine are newer.
+SLEEPING, SLEEP_LEVEL = ("weights", "kv_cache"), 2
 STATS = ("running", "waiting", "kv_cache_usage", "generated_tokens_total", "preemptions_total")
 
 
@@ -95,6 +99,7 @@ class RolloutEngine:
         self._requests: dict[str, Request] = {}
         self._stats = dict.fromkeys(STATS, 0.0)
         self._served_version = INITIAL_VERSION
+        self._asleep: set[str] = set()  # of SLEEPING
         self._cache_salt = 0  # requests share cached prefixes with those that were admitted since the same swap alone
 
     async def start(self) -> None:
@@ -131,6 +136,8 @@ class RolloutEngine:
             os.environ.update(engine_environment(self.options, self.on_gpu, log_config))
             try:
                 self._thread.create(lambda: self._create(directory))
+            except GRPOError:
+                raise
             except Exception as error:  # vLLM raises anything; the cause may be in its workers' log
                 text = log_file.read_text() if log_file.exists() else ""
                 raise startup_error(error, text, self.options, self.on_gpu) from error
@@ -152,7 +159,12 @@ class RolloutEngine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        arguments = engine_arguments(self.options, directory, self.on_gpu)
+        kv_cache_bytes = None
+        if self.options.colocated and self.on_gpu:
+            from vllm.platforms import current_platform
+
+            kv_cache_bytes = self.options.kv_cache_bytes(directory, current_platform.get_device_total_memory())
+        arguments = engine_arguments(self.options, directory, self.on_gpu, kv_cache_bytes)
         return LLMEngine.from_engine_args(EngineArgs(**arguments), stat_loggers=[self._stat_logger])
 
     def _stat_logger(self, *_: Any) -> Any:
@@ -306,6 +318,37 @@ class RolloutEngine:
             pull_seconds=pulled - started if request.store else 0.0, apply_seconds=apply_seconds, pause_seconds=ended - paused, total_seconds=ended - started,
         )  # fmt: skip
 
+    async def sleep(self, request: SleepRequest) -> SleepReply:
+        """Give back the memory of weights and KV cache, once no request runs. An engine that sleeps already stays so.
+
+        Raises:
+            StalledError: requests ran on for longer than the limit. EngineDeadError: the engine is gone, or could not.
+        """
+        try:
+            async with asyncio.timeout(request.timeout_seconds), self._apply_lock, self.gate.exclusive():
+                return SleepReply(device_bytes=await self._thread.between_steps(self._fall_asleep))
+        except TimeoutError as error:
+            raise StalledError(f"the engine was still busy after {request.timeout_seconds} s") from error
+
+    def _fall_asleep(self) -> int:
+        self.check_health()
+        if self._asleep:
+            return 0
+        try:
+            used = self._llm.collective_rpc("grpo_forget_weights")
+            self._llm.sleep(SLEEP_LEVEL)
+        except Exception as error:
+            self._thread.fail(error)  # what it still has nobody knows
+            self.check_health()
+        self._asleep = set(SLEEPING)
+        self.forget_version()
+        return max(used)
+
+    def _wake(self, what: str) -> None:
+        if what in self._asleep:
+            self._llm.wake_up([what])
+            self._asleep.remove(what)
+
     def _pull(self, store: StoreSource, deadline: float) -> None:
         """Into the staging memory. Runs in a thread: generation goes on."""
         manifest = pull(
@@ -319,7 +362,7 @@ class RolloutEngine:
     def _swap(self, request: ApplyWeightsRequest) -> float:
         """Between two steps. Seconds that the workers needed to load the staged weights, or to get and load them."""
         self.check_health()
-        before = self._applied()
+        before, asleep = self._applied(), bool(self._asleep)
         core = self._llm.engine_core.engine_core
         core.pause_scheduler("keep", clear_cache=False)
         try:
@@ -327,6 +370,7 @@ class RolloutEngine:
             self.check_health()
             if request.clear_cache and not self._llm.reset_prefix_cache(reset_running_requests=True):
                 raise WeightsNotAppliedError("vLLM could not free the caches of the old weights")
+            self._wake("weights")
             self._cache_salt += 1  # what is admitted from now on runs with the new weights
             began = time.perf_counter()
             self._llm.collective_rpc("start_weight_update")
@@ -339,11 +383,12 @@ class RolloutEngine:
                 raise WeightsNotAppliedError(
                     f"workers report {applied} instead of version {request.version} of {request.store or request.group}"
                 )
+            self._wake("kv_cache")
         except Exception as error:
             what = f"the swap to version {request.version} failed: {type(error).__name__}: {error}"
             if not self.dead:
                 self._end_stale_session()
-                if not self.broken and self._applied() == before:
+                if not self.broken and not asleep and self._applied() == before:
                     core.resume_scheduler()
                     raise WeightsNotAppliedError(f"{what}. The old weights serve.") from error
             self.weight_version = self.weight_digest = None

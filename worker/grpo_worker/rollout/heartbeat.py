@@ -76,6 +76,7 @@ class Membership:
         self.state: Literal["starting", "ready", "failed"] = "starting"
         self._incarnation: str | None = None
         self._leaving = False
+        self.may_load = asyncio.Event()  # a colocated engine waits for it
         self._stopped = asyncio.Event()
         self._client = HeartbeatClient(
             options.coordinator_url, options.token, options.network.heartbeat_seconds, self._beat, self._learn
@@ -84,7 +85,12 @@ class Membership:
     def unready_reason(self) -> str:
         problem = self._engine.broken or ("the engine is dead" if self._engine.dead else "")
         if self.state == "starting":
-            problem = "the engine is loading the model"
+            held = self._client.reply is not None and self._client.reply.hold
+            problem = (
+                "the trainer has the devices: the engine loads afterwards"
+                if held
+                else "the engine is loading the model"
+            )
         return unready_reason(
             engine_problem=problem,
             weight_version=self._engine.weight_version,
@@ -139,5 +145,7 @@ class Membership:
             log.info("the coordinator has started again: weight version %s counts no more", self._engine.weight_version)
             self._engine.forget_version()
         self._incarnation = reply.incarnation
+        if not reply.hold:
+            self.may_load.set()
         if reply.stop:
             self._stopped.set()

@@ -47,7 +47,8 @@ def options_of(job: "GRPOJob", index: int) -> tuple[EngineOptions, ReplicaOption
         port=int(os.environ.get(ROLLOUT_PORT) or (network.rollout_port and network.rollout_port + index)),
         advertised_host=os.environ.get(ADVERTISED_HOST, "127.0.0.1"),
     )
-    return EngineOptions(spec.model, spec.rollout, max_model_len, network, token), replica
+    shared = spec if spec.colocated else None
+    return EngineOptions(spec.model, spec.rollout, max_model_len, network, token, shared), replica
 
 
 async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
@@ -72,6 +73,8 @@ async def serve(options: EngineOptions, replica: ReplicaOptions) -> None:
     log.info("%s listens on http://%s:%d", replica.name, replica.host, port)
 
     async def start_and_watch() -> None:
+        if options.colocated:
+            await membership.may_load.wait()
         await engine.start()
         server.started = True
         membership.state = "ready"

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo_worker.config.actor import Model
+from grpo_worker.config.job import Spec
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.config.run import Network
 from grpo_worker.errors import ConfigError, DeviceError, GRPOError, MemoryFullError, memory_was_full
+from grpo_worker.memory_plan import ModelShape, plan_memory
 
 BACKEND = "grpo_store"  # the weight transport that the plug-in registers
 WORKER_EXTENSION = "grpo_worker.rollout.plugin.WorkerExtension"
@@ -27,10 +29,28 @@ class EngineOptions:
     max_model_len: int  # tokens of one sequence, prompt and response
     network: Network = field(default_factory=Network)
     token: str = ""  # of the weight server
+    job: Spec | None = None  # of a colocated engine: what has its devices in turn with it
+
+    @property
+    def colocated(self) -> bool:
+        return self.job is not None
+
+    def kv_cache_bytes(self, directory: Path, device_bytes: int) -> int | None:
+        """Of a colocated engine, on each of its devices. Raises ConfigError when the job does not fit."""
+        if self.job is None or (shape := ModelShape.of(directory)) is None:
+            return None
+        plan = plan_memory(self.job, shape, device_bytes)
+        plan.check()
+        return plan.kv_cache_bytes
 
 
-def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> dict[str, Any]:
-    """What vLLM's engine is made with: `rollout.engineArgs`, but for what the run sets itself (`config.rollout.OWN_ENGINE_ARGS`)."""
+def engine_arguments(
+    options: EngineOptions, directory: Path, on_gpu: bool, kv_cache_bytes: int | None = None
+) -> dict[str, Any]:
+    """What vLLM's engine is made with: `rollout.engineArgs`, but for what the run sets itself (`config.rollout.OWN_ENGINE_ARGS`).
+
+    `kv_cache_bytes`: of a colocated engine. vLLM would measure what is left, and take what the trainer allocates meanwhile for its own.
+    """
     rollout = options.rollout
     dtype = ("bfloat16" if on_gpu else "float32") if rollout.dtype == "auto" else rollout.dtype
     own: dict[str, Any] = {
@@ -52,9 +72,13 @@ def engine_arguments(options: EngineOptions, directory: Path, on_gpu: bool) -> d
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": WORKER_EXTENSION,
     }
+    if options.colocated and on_gpu:  # on CPU there is no memory to give back, and vLLM refuses the argument
+        own["enable_sleep_mode"] = True
     if rollout.max_num_batched_tokens is not None:
         own["max_num_batched_tokens"] = rollout.max_num_batched_tokens
     usual: dict[str, Any] = {"use_tqdm_on_load": False}
+    if kv_cache_bytes is not None:
+        usual["kv_cache_memory_bytes"] = kv_cache_bytes
     if not on_gpu:
         usual["block_size"] = 32  # vLLM's 128 on CPU never shares a short prompt
     return usual | rollout.engine_args | own

@@ -11,6 +11,7 @@ our engine, which works without installed distribution metadata. Run with vLLM 0
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,25 +81,41 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         """Over a group."""
         request = msgspec.msgpack.decode(update_info.group, type=ApplyWeightsRequest)
         assert request.group is not None
-        place = msgspec.structs.replace(request.group, rank=request.group.rank + self.parallel_config.rank)
+        worker = self.parallel_config.rank
+        if request.group.pair is None:
+            place = msgspec.structs.replace(request.group, rank=request.group.rank + worker)
+        else:
+            place = msgspec.structs.replace(request.group, pair=request.group.pair + worker)
         digest = WeightDigest()
         with self._member.at(place) as group:
             self._load(group.receive(msgspec.msgpack.decode(update_info.tensors, type=list[TensorSpec]), digest))
         self._pending = (request.version, digest.hexdigest())
 
     def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
         parameters = {name for name, _ in self.model.named_parameters()}
         self.applied = None
-        initialize_layerwise_reload(self.model)
-        try:
+        with nullcontext() if self._in_place else self._layerwise():
             loaded = cast(Any, self.model).load_weights(tensors)
-        finally:
-            finalize_layerwise_reload(self.model, self.model_config)
         self._process_tied_layers()
         if loaded is not None and (left := sorted(parameters - loaded)):
             raise RuntimeError(f"the update did not load {len(left)} parameters of the model: {', '.join(left[:5])}")
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether the parameters are used as they are loaded: nothing packs, quantizes or absorbs them afterwards."""
+        config = self.model_config
+        return self.device.type == "cuda" and not (config.quantization or config.use_mla or config.is_moe)
+
+    @contextmanager
+    def _layerwise(self) -> Iterator[None]:
+        """vLLM's way for all others: a layer is loaded beside its parameters, processed, and copied over them."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+        try:
+            yield
+        finally:
+            finalize_layerwise_reload(self.model, self.model_config)
 
     def finish_weight_update(self) -> None:
         # vLLM's own session flag survives an error raised here, so everything that can fail was done before. Nothing is pending where
@@ -154,6 +171,14 @@ class WorkerExtension:
     def grpo_applied_weights(self) -> tuple[int, str] | None:
         """Version and digest of the weights that this worker's model has."""
         return self.weight_transfer_engine.applied
+
+    def grpo_forget_weights(self) -> int:
+        """They are about to go. Returns the bytes that are in use on the device, by whomever."""
+        self.weight_transfer_engine.applied = None
+        if self.weight_transfer_engine.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(self.weight_transfer_engine.device)
+        return total - free
 
 
 register()

@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from grpo_worker.errors import GRPOError, StalledError
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.http import answer, door, read, refused
-from grpo_worker.protocol.messages import ApplyWeightsRequest, GenerateEnd, GenerateRequest
+from grpo_worker.protocol.messages import ApplyWeightsRequest, GenerateEnd, GenerateRequest, SleepRequest
 from grpo_worker.rollout import metrics
 from grpo_worker.rollout.engine import EngineDeadError, RolloutEngine
 from grpo_worker.rollout.generation import generate
@@ -47,7 +47,7 @@ class RolloutServer:
         entrance = door(self._token, STATUS_OF_ERROR, lambda reason: metrics.ERRORS.labels(reason).inc())
         app = web.Application(middlewares=[entrance], client_max_size=MAX_BODY_BYTES)
         app.add_routes([
-            web.post("/v1/generate", self._generate), web.post("/v1/weights", self._weights),
+            web.post("/v1/generate", self._generate), web.post("/v1/weights", self._weights), web.post("/v1/sleep", self._sleep),
             web.get("/healthz", self._healthz), web.get("/readyz", self._readyz), web.get("/metrics", self._metrics),
         ])  # fmt: skip
         return app
@@ -99,6 +99,12 @@ class RolloutServer:
         for part in ("pull", "apply", "pause", "total"):
             metrics.WEIGHT_SYNC_SECONDS.labels(part).observe(getattr(reply, f"{part}_seconds"))
         return answer(reply)
+
+    async def _sleep(self, request: web.Request) -> web.StreamResponse:
+        message: SleepRequest = await self._read(request, SleepRequest)
+        if message.timeout_seconds <= 0:
+            raise refused(400, "InvalidRequest", f"timeout_seconds is {message.timeout_seconds}, must be positive")
+        return answer(await asyncio.shield(asyncio.create_task(self._engine.sleep(message))))
 
     async def _healthz(self, request: web.Request) -> web.Response:
         if not self.started:

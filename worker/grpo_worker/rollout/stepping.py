@@ -48,7 +48,7 @@ class EngineThread:
         self.engine = make()
         # Workers of tensor parallelism are processes. One that goes while the engine is idle fails no step.
         self.engine.model_executor.register_failure_callback(
-            lambda *_: self._fail(RuntimeError("a worker process of the engine has ended"))
+            lambda *_: self.fail(RuntimeError("a worker process of the engine has ended"))
         )
 
     def drain(self) -> None:
@@ -96,10 +96,10 @@ class EngineThread:
                 self._take(outputs)
         except BaseException as error:
             log.exception("the engine failed in a step")
-            self._fail(error)
+            self.fail(error)
 
-    def _fail(self, error: BaseException) -> None:
-        """From any thread."""
+    def fail(self, error: BaseException) -> None:
+        """The engine is of no use any more. From any thread."""
         if self.error is None:
             self.error = error
             self.submit(self._failed)

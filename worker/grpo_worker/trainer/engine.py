@@ -44,6 +44,7 @@ from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.publish import Publisher
 from grpo_worker.trainer.self_check import check_model
 from grpo_worker.trainer.shards import ShardStore
+from grpo_worker.trainer.turns import Turns
 from grpo_worker.trainer.update import TrainerState, Updater, compute_log_probs, memory_metrics
 from grpo_worker.trainer.user_loss import policy_loss
 from grpo_worker.weightsync.server import WeightServer
@@ -58,6 +59,7 @@ class TrainerEngine:
         self.ranks = ranks
         self.state = TrainerState()
         spec = options.spec
+        self.turns = Turns(options, ranks)
         loss = policy_loss(spec.actor.loss_mode)
         set_float32_precision(spec.model.dtype == "tf32")
         config = load_config(options.model_directory)
@@ -76,6 +78,8 @@ class TrainerEngine:
                 param_offload=spec.ref.fsdp.param_offload,
             )
         self.optimizer = PolicyOptimizer(self.model, spec.actor.optim, ranks, offload.optimizer_offload)
+        if self.turns.moments_leave:
+            self.optimizer.rest()
         self.updater = Updater(self.model, self.optimizer, options, ranks, loss, self.state)
         self.store = SnapshotStore(timeout_seconds=spec.network.weight_sync_timeout_seconds) if ranks.is_first else None
         self.weights = None
@@ -94,7 +98,7 @@ class TrainerEngine:
             self.store,
             self.weights,
             options.advertised_host,
-            meeting_host=options.host if spec.network.weight_sync == "nccl" else "",
+            meeting_host="" if spec.weight_transport == "store" else options.host,
         )
         self.shards = ShardStore(
             self.model,
@@ -161,10 +165,12 @@ class TrainerEngine:
             self.updater.check(sequences)
         except DataError as error:
             raise OperationRefused(error) from error
-        return UpdateReply(metrics=self.updater.update(sequences, request.step, request.total_steps))
+        metrics = self.updater.update(sequences, request.step, request.total_steps)
+        return UpdateReply(metrics=metrics | self.turns.metrics())
 
     def publish(self, request: PublishRequest) -> PublishReply:
-        return self.publisher.publish(self.model, request, self.state.updates)
+        with self.turns.handing_over(self.optimizer):
+            return self.publisher.publish(self.model, request, self.state.updates)
 
     def save_status(self, wait_seconds: float) -> SaveStatusReply:
         """Not collective: any thread may ask at any time."""

@@ -53,7 +53,8 @@ class PolicyOptimizer:
                 "step": torch.zeros((), dtype=torch.float32, device=device),
                 **{name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS},
             }
-        self._rest()
+        if self.offload:
+            self.rest()
 
     def step(self, lr: float) -> StepResult:
         """One update at rate `lr`. Collective."""
@@ -63,13 +64,18 @@ class PolicyOptimizer:
         if not skipped:
             if norm > self.options.clip_grad:
                 torch._foreach_mul_(gradients, self.options.clip_grad / (norm + CLIP_EPSILON))
-            self._wake()
+            self._move(None, pin=False)  # where they were at rest
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
-            self._rest()
+            if self.offload:
+                self.rest()
         self.adamw.zero_grad(set_to_none=True)
         return StepResult(norm, skipped)
+
+    def rest(self) -> None:
+        """States to the host, where they wait in page-locked memory for the next step."""
+        self._move(torch.device("cpu"), pin=self.ranks.device.type == "cuda")
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The live state tensors by parameter name; writing into them is loading."""
@@ -88,22 +94,16 @@ class PolicyOptimizer:
             squares /= self.ranks.replicas
         return math.sqrt(float(squares))
 
-    def _rest(self) -> None:
-        """States to the host, where they wait in page-locked memory."""
-        if self.offload:
-            self._move(torch.device("cpu"), pin=self.ranks.device.type == "cuda")
-
-    def _wake(self) -> None:
-        if self.offload:
-            self._move(None, pin=False)
-
     def _move(self, device: torch.device | None, pin: bool) -> None:
+        """To `device`, or to where the parameters are; what is there stays as it is."""
         for parameter in self.parameters.values():
             state = self.adamw.state[parameter]
             target = device or _local(parameter).device
             for name in MOMENTS:
                 local = _local(state[name])
-                if pin and local.device != target:
+                if local.device == target:
+                    continue
+                if pin:
                     moved = torch.empty(local.shape, dtype=local.dtype, device=target, pin_memory=True)
                     moved.copy_(local, non_blocking=True)
                 else:

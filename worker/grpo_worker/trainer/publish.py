@@ -10,15 +10,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
 import torch
 
 from grpo_worker.errors import GRPOError
 from grpo_worker.protocol import codec
-from grpo_worker.protocol.messages import ErrorReply, PublishReply, PublishRequest
+from grpo_worker.protocol.messages import ErrorReply, GroupPlace, PublishReply, PublishRequest
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes
 from grpo_worker.trainer.failures import OperationRefused, as_error
 from grpo_worker.trainer.model import PolicyModel, gathered_parameters, named_parameters
-from grpo_worker.weightsync.broadcast import GroupMember, WeightGroupError, open_meeting_point
+from grpo_worker.weightsync.broadcast import GroupMember, WeightGroupError, digest_of, open_meeting_point
 from grpo_worker.weightsync.manifest import TensorSpec, VersionNotHeldError
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore, SnapshotWriter, dtype_name
@@ -67,13 +68,16 @@ class Publisher:
         try:
             if writer is not None:
                 tensors = _written(tensors, writer)
-            if request.group is not None and self.ranks.is_first:
+            specs = tensor_specs(model, self.dtype)
+            if (place := self._place(request)) is not None:
                 try:
-                    with self._member.at(request.group) as group:
-                        digest = group.send(tensors, tensor_specs(model, self.dtype))
+                    with self._member.at(place) as group:
+                        digest = group.send(tensors, specs)
                 except WeightGroupError as failure:
                     log.warning("version %d: %s", request.version, failure)
                     error = str(failure)
+            elif request.group is not None and self.ranks.is_first:
+                digest = digest_of(tensors, specs, request.group.bucket_bytes, self.ranks.device)
             deque(tensors, maxlen=0)  # what is left: every rank gathers every parameter
             if writer is not None:
                 assert self.server is not None
@@ -86,6 +90,13 @@ class Publisher:
             store=store, digest=digest, group_error=error, seconds=time.perf_counter() - started,
             meeting_port=self._meeting_point.port if self._meeting_point else 0,
         )  # fmt: skip
+
+    def _place(self, request: PublishRequest) -> GroupPlace | None:
+        """This rank's: of a group for all rank 0 is the only sender, of pairs each rank may be one."""
+        place = request.group
+        if place is None or place.pair is None:
+            return place if self.ranks.is_first else None
+        return msgspec.structs.replace(place, pair=self.ranks.rank) if self.ranks.rank in place.pairs else None
 
     def _begin(self, model: PolicyModel, version: int) -> SnapshotWriter | None:
         writer, refusal = None, b""

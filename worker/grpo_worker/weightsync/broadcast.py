@@ -1,4 +1,5 @@
-"""The `nccl` transport: trainer rank 0 broadcasts the weights, packed in buckets, to every worker of every engine.
+"""The `nccl` and `ipc` transports: weights packed in buckets, from trainer rank 0 to every worker of every engine, or from each trainer rank to
+the worker on its device.
 
 Invariant: both ends cut the same list of tensors into the same buckets, and each makes the digest of the bytes that it has itself; so equal
 digests mean equal weights. Nobody waits longer for another member than the group's patience. A group that failed is aborted and never used again.
@@ -7,12 +8,10 @@ digests mean equal weights. Nobody waits longer for another member than the grou
 import math
 import socket
 import threading
-import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any
 
 import msgspec
 import torch
@@ -21,10 +20,9 @@ import xxhash
 
 from grpo_worker.errors import PeerLostError, one_line
 from grpo_worker.protocol.messages import GroupPlace
+from grpo_worker.weightsync.channels import Channel, Wait, connect
 from grpo_worker.weightsync.manifest import TensorSpec, layout
 
-SENDER = 0  # the trainer's rank 0, in every group
-POLL_SECONDS = 0.0005
 _ROW_BYTES = 8192  # of a bucket as a matrix of 64-bit words, whose sums of rows and of columns are its checksum
 
 
@@ -54,6 +52,10 @@ def buckets(specs: Iterable[TensorSpec], limit_bytes: int) -> Iterator[list[Tens
         yield bucket
 
 
+def nothing() -> None:
+    """There is nothing to wait for."""
+
+
 class WeightDigest:
     """Of the buckets' bytes, where they are. A sum over the rows and one over the columns see any changed word, and words that changed places."""
 
@@ -74,26 +76,56 @@ class WeightDigest:
         return hasher.hexdigest()
 
 
+def digest_of(
+    tensors: Iterator[tuple[str, torch.Tensor]], specs: Sequence[TensorSpec], bucket_bytes: int, device: torch.device
+) -> str:
+    """What `WeightGroup.send` returns, where there is nobody to send to."""
+    digest = WeightDigest()
+    deque(_packed(tensors, specs, bucket_bytes, device, digest), maxlen=0)
+    return digest.hexdigest()
+
+
+def _packed(
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    specs: Sequence[TensorSpec],
+    bucket_bytes: int,
+    device: torch.device,
+    digest: WeightDigest,
+) -> Iterator[torch.Tensor]:
+    for bucket in buckets(specs, bucket_bytes):
+        memory, views = _memory(bucket, device)
+        for view, (_, tensor) in zip(views, tensors, strict=False):
+            view.copy_(tensor)
+        digest.add(bucket, memory)
+        yield memory
+
+
+def _memory(bucket: Sequence[TensorSpec], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Whole rows of words, zero beside the tensors, and a view for each tensor."""
+    offsets, size = layout(bucket)
+    memory = torch.zeros(math.ceil(size / _ROW_BYTES) * _ROW_BYTES, dtype=torch.uint8, device=device)
+    views = [
+        memory[offset : offset + spec.size_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+        for spec, offset in zip(bucket, offsets, strict=True)
+    ]
+    return memory, views
+
+
 class WeightGroup:
-    """One member of a group: NCCL on GPUs, Gloo on CPU. Used by one thread."""
+    """One member of a group. Used by one thread."""
 
     def __init__(self, place: GroupPlace, device: torch.device) -> None:
         """Meet the others. Raises WeightGroupError."""
         self.place, self._device = place, device
-        self._group = self._meet()
+        self._channel: Channel | None = self._meet()
 
     def send(self, tensors: Iterator[tuple[str, torch.Tensor]], specs: Sequence[TensorSpec]) -> str:
         """The tensors of `specs`, in their order. Returns the digest. Raises WeightGroupError; what is left of `tensors` was not taken."""
         digest = WeightDigest()
-        under_way: Any = None
-        for bucket in buckets(specs, self.place.bucket_bytes):
-            memory, views = self._memory(bucket)
-            # One bucket is filled while the one before travels.
-            for view, (_, tensor) in zip(views, tensors, strict=False):
-                view.copy_(tensor)
-            digest.add(bucket, memory)
-            self._wait(under_way)
-            under_way = self._broadcast(memory)
+        under_way: Wait = nothing
+        for memory in _packed(tensors, specs, self.place.bucket_bytes, self._device, digest):
+            self._wait(under_way)  # one bucket was filled while the one before travelled
+            under_way = self._pass_on(memory)
         self._wait(under_way)
         return digest.hexdigest()
 
@@ -101,48 +133,28 @@ class WeightGroup:
         """The tensors as they come, each in memory that lasts as long as it is held. `digest` is complete after the last. Raises
         WeightGroupError."""
         for bucket in buckets(specs, self.place.bucket_bytes):
-            memory, views = self._memory(bucket)
-            self._wait(self._broadcast(memory))
+            memory, views = _memory(bucket, self._device)
+            self._wait(self._pass_on(memory))
             digest.add(bucket, memory)
             yield from zip((spec.name for spec in bucket), views, strict=True)
 
     def close(self) -> None:
         """Leave at once; a member that still waits for us gets an error."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
-    def _memory(self, bucket: Sequence[TensorSpec]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Whole rows of words, zero beside the tensors, and a view for each tensor."""
-        offsets, size = layout(bucket)
-        memory = torch.zeros(math.ceil(size / _ROW_BYTES) * _ROW_BYTES, dtype=torch.uint8, device=self._device)
-        views = [
-            memory[offset : offset + spec.size_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
-            for spec, offset in zip(bucket, offsets, strict=True)
-        ]
-        return memory, views
-
-    def _broadcast(self, memory: torch.Tensor) -> Any:
+    def _pass_on(self, memory: torch.Tensor) -> Wait:
+        assert self._channel is not None
         try:
-            return self._group.broadcast(memory, SENDER)
+            return self._channel.pass_on(memory)
         except RuntimeError as error:
             raise self._failed(one_line(error)) from error
 
-    def _wait(self, work: Any) -> None:
-        if work is None:
-            return
+    def _wait(self, wait: Wait) -> None:
         try:
-            if self._device.type == "cpu":
-                work.wait(timedelta(seconds=self.place.patience_seconds))
-                return
-            # On a GPU `wait` only orders streams, and who then needs the result would wait for ever for a member that is gone.
-            deadline = time.monotonic() + self.place.patience_seconds
-            while not work.is_completed():
-                if time.monotonic() > deadline:
-                    raise self._failed(f"nothing came for {self.place.patience_seconds:.0f} s")
-                time.sleep(POLL_SECONDS)
-            work.wait()
-        except RuntimeError as error:
+            wait()
+        except (RuntimeError, OSError) as error:
             raise self._failed(one_line(error)) from error
 
     def _failed(self, why: str) -> WeightGroupError:
@@ -150,13 +162,13 @@ class WeightGroup:
             f"weight group {self.place.generation} of {self.place.world_size} members failed: {why}"
         )
 
-    def _meet(self) -> Any:
+    def _meet(self) -> Channel:
         """NCCL's own set-up has no limit: it runs on a thread, which is left to itself when it takes too long."""
-        done: Future[Any] = Future()
+        done: Future[Channel] = Future()
 
         def work() -> None:
             try:
-                done.set_result(_connect(self.place, self._device))
+                done.set_result(connect(self.place, self._device))
             except Exception as error:
                 done.set_exception(error)
 
@@ -190,19 +202,3 @@ class GroupMember:
         group, self._group = self._group, None
         if group is not None:
             group.close()
-
-
-def _connect(place: GroupPlace, device: torch.device) -> Any:
-    left = timedelta(seconds=place.patience_seconds)
-    meeting_point = dist.TCPStore(place.host, place.port, is_master=False, wait_for_workers=False, timeout=left)
-    store = dist.PrefixStore(f"weights/{place.generation}", meeting_point)
-    if device.type == "cpu":
-        group: Any = dist.ProcessGroupGloo(store, place.rank, place.world_size, left)
-    else:
-        torch.cuda.set_device(device)
-        group = dist.ProcessGroupNCCL(store, place.rank, place.world_size, dist.ProcessGroupNCCL.Options())
-    hello = torch.zeros(1, device=device)
-    group.broadcast(hello, SENDER).wait()  # NCCL connects at its first collective
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return group

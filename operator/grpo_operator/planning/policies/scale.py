@@ -11,6 +11,6 @@ def scale(draft: Draft) -> bool:
     for pod in draft.excess:
         draft.delete(pod, grace_seconds=None)
     before = next((role.desired for role in draft.seen.job.status.roles or [] if role.name == Role.ROLLOUT.value), None)
-    if before is not None and before != draft.spec.rollout.replicas:
-        draft.normal("Scaled", f"rollout.replicas: {before} -> {draft.spec.rollout.replicas}.")
+    if before is not None and before != draft.spec.rollout_pods:
+        draft.normal("Scaled", f"rollout.replicas: {before} -> {draft.spec.rollout_pods}.")
     return False

@@ -22,7 +22,7 @@ def start(draft: Draft) -> bool:
         for role, index in draft.missing:
             draft.create(role, index)
     if _due(draft, budget.rollout_not_before):
-        for index in range(draft.spec.rollout.replicas):
+        for index in range(draft.spec.rollout_pods):
             draft.create(Role.ROLLOUT, index)
     if not draft.missing and draft.status.complete_attempt != draft.attempt:
         draft.update(complete_attempt=draft.attempt)

@@ -68,9 +68,9 @@ def _needed(draft: Draft) -> list[Pod]:
     members = draft.set_pods
     if draft.missing and draft.status.complete_attempt != draft.attempt:
         return members
-    rollout = draft.spec.rollout
+    wanted = draft.spec.rollout.min_replicas or draft.spec.rollout_pods
     running = sum(pod.started and pod.ended is None for pod in draft.rollouts)
-    enough = running >= (1 if _has_trained(draft) else rollout.min_replicas or rollout.replicas)
+    enough = running >= min(1 if _has_trained(draft) else wanted, draft.spec.rollout_pods)
     return [pod for pod in (*members, *([] if enough else draft.rollouts)) if _waits(pod)]
 
 
