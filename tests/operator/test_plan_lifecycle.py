@@ -477,3 +477,17 @@ def test_pods_of_a_status_not_seen_yet_are_left_alone() -> None:
     world.change("trainer-0", attempt=5)
     made = world.plan()
     assert not acts(made) and made.requeue_after_seconds
+
+
+def test_a_colocated_job_has_a_pod_a_node_and_none_for_engines() -> None:
+    spec = {"placement": "Colocated", "trainer": {"nodes": 2, "gpusPerNode": 2}, "rollout": {"replicas": 1}}
+    world = World(document(**spec))
+    world.settle()
+    assert world.members == ["coordinator", "trainer-0", "trainer-1"]
+    world.run()
+    world.train(1)
+    world.settle()
+    assert (world.truth("Ready"), world.truth("Progressing")) == ("True", "True")
+    assert world.status.summary is not None
+    assert (world.status.summary.trainers, world.status.summary.rollouts) == ("2/2", "0/0")
+    assert not any("Scaled" in event for event in world.events)

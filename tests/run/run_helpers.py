@@ -106,21 +106,7 @@ class Run:
 
     def pids(self) -> dict[str, int]:
         """Process ids of the run's children by their member name."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                status = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if int(status[1]) == self.process.pid:
-                name = (
-                    next((v for v in environment if v.startswith(b"GRPO_MEMBER_NAME=")), b"=").split(b"=")[1].decode()
-                )
-                found[name] = int(entry.name)
-        return found
+        return children(self.process.pid)
 
     def kill_everything(self) -> None:
         """kill -9 of the supervisor and of every child."""
@@ -146,6 +132,23 @@ class Run:
         if self.process.poll() is None:
             self.kill_everything()
         self._log.close()
+
+
+def children(parent: int) -> dict[str, int]:
+    """Process ids of a supervisor's children by their member name."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            status = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(status[1]) == parent:
+            name = next((v for v in environment if v.startswith(b"GRPO_MEMBER_NAME=")), b"=").split(b"=")[1].decode()
+            found[name] = int(entry.name)
+    return found
 
 
 UNREPEATABLE: Sequence[str] = ("startup_s/", "timing_s/", "timing_per_token_ms/", "perf/", "weight_sync/")

@@ -285,3 +285,30 @@ def test_each_alternative_of_a_persons_affinity_keeps_away_from_excluded_nodes()
 
 def runtime(**fields: Any) -> dict[str, Any]:
     return {"workspace": {"claimName": "work"}, **fields}
+
+
+def test_a_colocated_node_is_one_container_with_the_nodes_gpus_and_a_port_for_each_of_its_engines() -> None:
+    colocated = {
+        "placement": "Colocated",
+        "trainer": {"nodes": 2, "gpusPerNode": 8},
+        "rollout": {"tensorParallelSize": 2},
+        "network": {"weightSyncPort": 7606},
+    }
+    pod = pod_of(colocated, Role.TRAINER, 1)
+    worker, variables = worker_of(pod), env_of(pod)
+    assert worker["command"] == ["grpo-worker", "node", "--job", "/etc/grpo/job.yaml"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    ports = {port["name"]: port["containerPort"] for port in worker["ports"]}
+    assert ports == {
+        "trainer": 7601, "weight-sync": 7606, "rendezvous": 7603, "rollout": 7607, "rollout-1": 7608, "rollout-2": 7609, "rollout-3": 7610,
+    }  # fmt: skip
+    assert (variables["GRPO_ROLLOUT_PORT"], variables["NODE_RANK"], variables["GRPO_DEVICE_COUNT"]) == (
+        "7607",
+        "1",
+        "16",
+    )
+    assert worker_of(pod_of(colocated, Role.COORDINATOR))["command"][1] == "coordinator"
+    apart = pod_of({"trainer": {"gpusPerNode": 8}})
+    assert worker_of(apart)["command"][1] == "trainer"
+    assert "GRPO_ROLLOUT_PORT" not in env_of(apart)
+    assert len(worker_of(apart)["ports"]) == 3
