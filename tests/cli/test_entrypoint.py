@@ -54,7 +54,7 @@ def termination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ending_with(monkeypatch: pytest.MonkeyPatch, end: Callable[[], int]) -> None:
-    monkeypatch.setattr(entrypoint, "_run_role", lambda role, job: (end(), {"step": 9}))
+    monkeypatch.setattr(entrypoint, "_run_role", lambda role, job, job_file: (end(), {"step": 9}))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ PARENT = """
 import os, subprocess, sys
 child = (
     "import os, sys, time, grpo_worker.entrypoint as e\\n"
-    "def wait(role, job):\\n"
+    "def wait(role, job, job_file):\\n"
     "    open(sys.argv[1] + '.tmp', 'w').write(str(os.getpid())); os.rename(sys.argv[1] + '.tmp', sys.argv[1])\\n"
     "    time.sleep(1000)\\n"
     "e._run_role = wait\\n"
