@@ -71,9 +71,9 @@ def engine_arguments(
         "logprobs_mode": "raw_logprobs" if rollout.temperature == 1 else "processed_logprobs",
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": WORKER_EXTENSION,
+        "enable_sleep_mode": options.colocated
+        and on_gpu,  # on CPU there is no memory to give back, and vLLM refuses it
     }
-    if options.colocated and on_gpu:  # on CPU there is no memory to give back, and vLLM refuses the argument
-        own["enable_sleep_mode"] = True
     if rollout.max_num_batched_tokens is not None:
         own["max_num_batched_tokens"] = rollout.max_num_batched_tokens
     usual: dict[str, Any] = {"use_tqdm_on_load": False}
