@@ -120,6 +120,15 @@ class MemoryPlan:
         )
 
 
+def checked_plan(spec: Spec, directory: Path, device_bytes: int) -> MemoryPlan | None:
+    """The plan of a job with the model of `directory`; None where there is no plan of it. Raises ConfigError when it does not fit."""
+    if (shape := ModelShape.of(directory)) is None:
+        return None
+    plan = plan_memory(spec, shape, device_bytes)
+    plan.check()
+    return plan
+
+
 def plan_memory(spec: Spec, shape: ModelShape, device_bytes: int) -> MemoryPlan:
     """The plan of a job on GPUs of so many bytes, bfloat16 compute and float32 masters."""
     fsdp, size = spec.actor.fsdp, shape.parameters

@@ -55,9 +55,8 @@ def threads(spec: Spec, role: Role) -> int | None:
         return spec.runtime.cpu_threads
     asked = spec.runtime.resources.of(document_role(role))
     quantity = asked.limits.get("cpu") or asked.requests.get("cpu")
-    processes = (
-        spec.trainer.gpus_per_node if role is Role.TRAINER else 1
-    )  # engines of the same pod work in turn with them
+    # Colocated engines work in turn with the ranks of their pod.
+    processes = spec.trainer.gpus_per_node if role is Role.TRAINER else 1
     return max(1, math.floor(cores(quantity) / processes)) if quantity else None
 
 

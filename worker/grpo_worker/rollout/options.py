@@ -14,7 +14,7 @@ from grpo_worker.config.job import Spec
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.config.run import Network
 from grpo_worker.errors import ConfigError, DeviceError, GRPOError, MemoryFullError, memory_was_full
-from grpo_worker.memory_plan import ModelShape, plan_memory
+from grpo_worker.memory_plan import checked_plan
 
 BACKEND = "grpo_store"  # the weight transport that the plug-in registers
 WORKER_EXTENSION = "grpo_worker.rollout.plugin.WorkerExtension"
@@ -37,11 +37,8 @@ class EngineOptions:
 
     def kv_cache_bytes(self, directory: Path, device_bytes: int) -> int | None:
         """Of a colocated engine, on each of its devices. Raises ConfigError when the job does not fit."""
-        if self.job is None or (shape := ModelShape.of(directory)) is None:
-            return None
-        plan = plan_memory(self.job, shape, device_bytes)
-        plan.check()
-        return plan.kv_cache_bytes
+        plan = checked_plan(self.job, directory, device_bytes) if self.job else None
+        return plan.kv_cache_bytes if plan else None
 
 
 def engine_arguments(

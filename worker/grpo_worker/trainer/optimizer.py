@@ -96,6 +96,7 @@ class PolicyOptimizer:
 
     def _move(self, device: torch.device | None, pin: bool) -> None:
         """To `device`, or to where the parameters are; what is there stays as it is."""
+        anything = False
         for parameter in self.parameters.values():
             state = self.adamw.state[parameter]
             target = device or _local(parameter).device
@@ -109,7 +110,8 @@ class PolicyOptimizer:
                 else:
                     moved = local.to(target, non_blocking=True)
                 _set_local(state[name], moved)
-        if self.ranks.device.type == "cuda":
+                anything = True
+        if anything and self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from grpo_worker.memory_plan import GIB, MemoryPlan, ModelShape, plan_memory
+from grpo_worker.memory_plan import GIB, MemoryPlan, checked_plan
 from grpo_worker.trainer.distributed import Ranks
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
@@ -27,14 +27,10 @@ class Turns:
         self._plan: MemoryPlan | None = None
         if not self._active:
             return
-        if (shape := ModelShape.of(options.model_directory)) is None:
-            log.info(
-                "no plan of the device's memory: the model is no dense decoder with the usual names in its config.json"
-            )
-            return
         total = torch.cuda.get_device_properties(self._device).total_memory
-        self._plan = plan_memory(options.spec, shape, total)
-        self._plan.check()
+        self._plan = checked_plan(options.spec, options.model_directory, total)
+        if self._plan is None:
+            log.info("no plan of the device's memory: no dense decoder with the usual names in its config.json")
 
     @property
     def moments_leave(self) -> bool:
