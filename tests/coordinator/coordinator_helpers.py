@@ -45,6 +45,7 @@ from grpo_worker.protocol.messages import (
 from grpo_worker.rewards.base import RewardResult
 
 TOKEN = "the-job-token"
+TRAINER_GPU = "GPU of the trainer"
 SAMPLING = Sampling(n=2, max_tokens=8, temperature=1.0, top_p=1.0, top_k=-1)
 
 
@@ -118,6 +119,7 @@ class Engine:
         self.requests: list[GenerateRequest] = []
         self.syncs: list[int] = []
         self.places: list[GroupPlace] = []  # in groups, of those syncs that came over one
+        self.devices: tuple[str, ...] = ("cpu",)
         self.hang_at_sync = False
         self.log: list[str] = []  # what was asked of it, in order
         self.state: Any = "ready"
@@ -209,6 +211,7 @@ class Engine:
             apply_seconds=0.25,
             pause_seconds=0.3,
             total_seconds=0.8,
+            devices=self.devices,
         )
         return web.Response(body=codec.encode(reply))
 
@@ -271,7 +274,9 @@ def published(request: PublishRequest) -> PublishReply:
     version = request.version
     source = StoreSource(host="127.0.0.1", port=1, version=version, digest=f"digest of {version}", total_bytes=1000)
     digest = sent(version) if request.group else ""
-    return PublishReply(store=source if request.store else None, digest=digest, meeting_port=5000, seconds=0.125)
+    return PublishReply(
+        store=source if request.store else None, digest=digest, meeting_port=5000, device=TRAINER_GPU, seconds=0.125
+    )
 
 
 def sent(version: int) -> str:
@@ -346,7 +351,6 @@ async def world(
     *engines: Engine,
     version: int | None = 0,
     timeout_seconds: float = 5.0,
-    workers_in_group: int = 0,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """A trainer and these engines, registered; weights of `version` published and applied."""
@@ -364,7 +368,6 @@ async def world(
             caller,
             timeout_seconds,
             lambda *event: events.append(event),
-            workers_in_group=workers_in_group,
             **settings,
         )
         here = World(session, members, client, trainer, caller, weights, clock, [], events)

@@ -99,7 +99,7 @@ class ServingTrainer(Learner):
     def publish(self, request: PublishRequest) -> PublishReply:
         with self.store.begin(request.version, [WEIGHTS]) as writer:
             writer.write(WEIGHTS.name, torch.full(WEIGHTS.shape, float(request.version)))
-            return PublishReply(store=self.server.source(writer.commit()), seconds=0.0)
+            return PublishReply(store=self.server.source(writer.commit()), device="cpu", seconds=0.0)
 
     def hang_at(self, kind: type) -> None:
         """It never answers this one."""

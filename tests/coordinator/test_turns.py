@@ -21,7 +21,7 @@ def loads(here: World, engine: Engine) -> bool:
 
 async def test_engines_sleep_then_the_trainer_publishes_and_they_wake_with_its_weights() -> None:
     engines = [Engine("rollout-0"), Engine("rollout-1")]
-    async with world(*engines, version=0, workers_in_group=1, pairs=True) as here:
+    async with world(*engines, version=0, transport="ipc") as here:
         for version in (1, 2):
             assert await here.weights.rest() == {"memory/generating_measured_gib": 2.0}
             report = await publish(here, version)
@@ -33,7 +33,7 @@ async def test_engines_sleep_then_the_trainer_publishes_and_they_wake_with_its_w
 
 async def test_each_engine_is_paired_with_the_trainer_ranks_of_its_devices_whoever_else_is_there() -> None:
     engines = [Engine("rollout-0"), Engine("rollout-1"), Engine("rollout-2")]
-    async with world(*engines, version=0, workers_in_group=2, pairs=True) as here:
+    async with world(*engines, version=0, transport="ipc", workers_of_an_engine=2) as here:
         await publish(here, 1)
         (senders,) = [call.group for call in here.trainer.calls if call.group]
         assert (senders.rank, senders.world_size, senders.pairs) == (0, 2, (0, 1, 2, 3, 4, 5))
@@ -106,7 +106,7 @@ async def test_an_engine_that_cannot_sleep_is_told_of_and_joins_with_the_next_we
 
 async def test_an_engine_that_is_lost_while_it_sleeps_costs_the_others_nothing() -> None:
     good, lost = Engine("rollout-0"), Engine("rollout-1")
-    async with world(good, lost, version=0, workers_in_group=1, pairs=True) as here:
+    async with world(good, lost, version=0, transport="ipc") as here:
         await here.weights.rest()
         lost.restart()
         lost.state = "starting"
@@ -118,7 +118,7 @@ async def test_an_engine_that_is_lost_while_it_sleeps_costs_the_others_nothing()
 
 async def test_a_trainer_that_hands_over_other_bytes_leaves_the_engine_out_until_the_store_serves_it() -> None:
     engine = Engine("rollout-0")
-    async with world(engine, version=0, workers_in_group=1, pairs=True) as here, joining(here):
+    async with world(engine, version=0, transport="ipc") as here, joining(here):
 
         def broken(request: PublishRequest) -> PublishReply:
             reply = published(request)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
-from coordinator_helpers import Engine, World, groups, heartbeats, published, sent, world
+from coordinator_helpers import TRAINER_GPU, Engine, World, groups, heartbeats, published, sent, world
 
 from grpo_worker.coordinator import members, weight_sync
 from grpo_worker.coordinator.groups import Group
@@ -268,7 +268,7 @@ def asked(here: World) -> list[tuple[int, bool, int]]:
 
 async def test_the_first_version_comes_from_the_store_and_the_next_ones_over_one_group() -> None:
     engines = [Engine("rollout-0"), Engine("rollout-1")]
-    async with world(*engines, version=0, workers_in_group=2) as here:
+    async with world(*engines, version=0, transport="nccl", workers_of_an_engine=2) as here:
         for version in (1, 2):
             report = await publish(here, version)
             assert [reply.digest for reply in report.replies] == [sent(version)] * 2
@@ -281,9 +281,41 @@ async def test_the_first_version_comes_from_the_store_and_the_next_ones_over_one
     assert [reason for _, reason, _ in here.events if "Weight" in reason] == []
 
 
+@pytest.mark.parametrize(
+    ("devices", "shared"),
+    [
+        ([("GPU 1", "GPU 2"), ("GPU 3", "GPU 4")], False),
+        ([("GPU 1", "GPU 2"), ("GPU 2", "GPU 3")], True),
+        ([("GPU 1", "GPU 2"), ("GPU 3", TRAINER_GPU)], True),
+        ([("GPU 1", "GPU 2"), ("cpu", "cpu")], True),
+        ([("GPU 1", "GPU 2"), ("GPU 3",)], True),
+    ],
+)
+async def test_left_to_itself_a_group_is_made_where_each_process_has_a_gpu_of_its_own(
+    devices: list[tuple[str, ...]], shared: bool
+) -> None:
+    engines = [Engine("rollout-0"), Engine("rollout-1")]
+    for engine, its_own in zip(engines, devices, strict=True):
+        engine.devices = its_own
+    async with world(*engines, version=0, transport="auto", workers_of_an_engine=2) as here:
+        await publish(here, 1)
+        assert asked(here) == [(0, True, 0), ((1, True, 0) if shared else (1, False, 5))]
+        assert serving(here) == ["rollout-0", "rollout-1"]
+
+
+async def test_left_to_itself_nothing_is_grouped_with_a_trainer_without_a_gpu() -> None:
+    engine = Engine("rollout-0")
+    engine.devices = ("GPU 1",)
+    async with world(engine, version=None, transport="auto") as here:
+        here.trainer.answers[PublishRequest] = lambda request: msgspec.structs.replace(published(request), device="cpu")
+        for version in (0, 1):
+            await publish(here, version)
+        assert asked(here) == [(0, True, 0), (1, True, 0)]
+
+
 async def test_an_engine_that_joins_takes_the_store_and_then_a_place_in_a_new_group() -> None:
     first, late = Engine("rollout-0"), Engine("rollout-1")
-    async with world(first, version=0, workers_in_group=1) as here, joining(here):
+    async with world(first, version=0, transport="nccl") as here, joining(here):
         await publish(here, 1)
         await here.join(late)
         await until_serving(here, "rollout-0", "rollout-1")
@@ -298,7 +330,7 @@ async def test_an_engine_that_joins_takes_the_store_and_then_a_place_in_a_new_gr
 async def test_a_joiner_whose_version_the_trainer_has_no_more_waits_for_the_next_one() -> None:
     first, late = Engine("rollout-0"), Engine("rollout-1")
     gone = ErrorReply(reason="VersionNotHeld", message="version 1 is gone", exit_code=75, recoverable=True)
-    async with world(first, version=0, workers_in_group=1) as here, joining(here):
+    async with world(first, version=0, transport="nccl") as here, joining(here):
         await publish(here, 1)
         here.trainer.answers[PublishRequest] = lambda request: gone if request.version == 1 else published(request)
         await here.join(late)
@@ -314,7 +346,7 @@ async def test_a_joiner_whose_version_the_trainer_has_no_more_waits_for_the_next
 @pytest.mark.parametrize("how", ["refuses", "has other bytes", "dies"])
 async def test_a_group_that_fails_for_one_engine_ends_and_the_store_serves_that_engine(how: str) -> None:
     good, bad = Engine("rollout-0"), Engine("rollout-1")
-    async with world(good, bad, version=0, workers_in_group=1) as here:
+    async with world(good, bad, version=0, transport="nccl") as here:
         if how == "refuses":
             bad.refusal = ErrorReply(reason="WeightsNotApplied", message="the swap failed")
         elif how == "has other bytes":
@@ -341,12 +373,14 @@ async def test_a_group_that_fails_for_one_engine_ends_and_the_store_serves_that_
 
 async def test_a_trainer_whose_group_failed_is_asked_to_use_the_store() -> None:
     engines = [Engine("rollout-0"), Engine("rollout-1")]
-    async with world(*engines, version=0, workers_in_group=1) as here, joining(here):
+    async with world(*engines, version=0, transport="nccl") as here, joining(here):
 
         def broken(request: PublishRequest) -> PublishReply:
             if request.group is None:
                 return published(request)
-            return PublishReply(group_error="Connection closed by peer", meeting_port=5000, seconds=0.1)
+            return PublishReply(
+                group_error="Connection closed by peer", meeting_port=5000, device=TRAINER_GPU, seconds=0.1
+            )
 
         here.trainer.answers[PublishRequest] = broken
         for engine in engines:
@@ -362,7 +396,7 @@ async def test_a_trainer_whose_group_failed_is_asked_to_use_the_store() -> None:
 
 async def test_an_engine_gets_no_prompt_before_its_digest_is_that_of_the_trainer() -> None:
     engine = Engine("rollout-0")
-    async with world(engine, version=0, workers_in_group=1) as here:
+    async with world(engine, version=0, transport="nccl") as here:
         released = asyncio.Event()
 
         async def late(request: PublishRequest) -> PublishReply:
@@ -382,7 +416,7 @@ async def test_an_engine_gets_no_prompt_before_its_digest_is_that_of_the_trainer
 
 async def test_groups_that_fail_again_and_again_are_given_up() -> None:
     engine = Engine("rollout-0")
-    async with world(engine, version=0, workers_in_group=1) as here, joining(here):
+    async with world(engine, version=0, transport="nccl") as here, joining(here):
         for version in (1, 2, 3):
             engine.digest = "other bytes"
             await publish(here, version)

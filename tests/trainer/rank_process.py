@@ -35,6 +35,7 @@ from grpo_worker.protocol.messages import (
     UpdateRequest,
 )
 from grpo_worker.trainer import hf_format, loop
+from grpo_worker.trainer import model as policy
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes, join, leave, make_mesh
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused
@@ -183,6 +184,7 @@ def broadcasting(model: Path, ranks: Ranks, _: Path) -> Any:
 
 def handing_over(model: Path, ranks: Ranks, _: Path) -> Any:
     """Versions in pairs: each rank's partner is a thread beside it. Then rank 0 has none; then the last rank's does not come."""
+    policy.GATHER_BYTES = 20_000  # some parameters alone, others together
     engine = TrainerEngine(options_for(model, placement="Colocated"), ranks)
     specs = tensor_specs(engine.model, torch.float32)
     ports: list[Any] = [0] * ranks.world_size

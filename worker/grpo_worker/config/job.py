@@ -9,7 +9,7 @@ from grpo_worker.config.algorithm import Algorithm
 from grpo_worker.config.base import Section, field
 from grpo_worker.config.data import Data, Reward
 from grpo_worker.config.rollout import Rollout
-from grpo_worker.config.run import Checkpoint, FailurePolicy, Network, Trainer
+from grpo_worker.config.run import Checkpoint, FailurePolicy, Network, Trainer, Transport
 from grpo_worker.config.runtime import Runtime
 from grpo_worker.config.scheduling import Scheduling
 
@@ -107,10 +107,9 @@ class Spec(Section):
         return self.ranks if self.colocated else self.ranks + self.engines * self.rollout.tensor_parallel_size
 
     @property
-    def weight_transport(self) -> Literal["store", "nccl", "ipc"]:
-        """What `network.weightSync` means for this job."""
-        chosen = self.network.weight_sync
-        return ("ipc" if self.colocated else "store") if chosen == "auto" else chosen
+    def weight_transport(self) -> Transport:
+        """What `network.weightSync` means for this job, as far as its document can tell."""
+        return "ipc" if self.colocated and self.network.weight_sync == "auto" else self.network.weight_sync
 
 
 class GRPOJob(Section):

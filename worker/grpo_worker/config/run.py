@@ -137,6 +137,9 @@ class RDMA(Section):
     count: int = field(1, "Devices of each pod.", unit="devices", ge=1, le=128)
 
 
+Transport = Literal["auto", "store", "nccl", "ipc"]
+
+
 class Network(Section):
     """Ports and limits between the processes."""
 
@@ -154,12 +157,12 @@ class Network(Section):
         30.0, "A process without a heartbeat for so long is lost.", unit="seconds", gt=0
     )
     weight_sync_timeout_seconds: float = field(300.0, "Limit of one weight sync to one engine.", unit="seconds", gt=0)
-    weight_sync: Literal["auto", "store", "nccl", "ipc"] = field(
+    weight_sync: Transport = field(
         "auto",
         "How weights go to the engines. store: each pulls them over TCP through host memory. nccl: the trainer broadcasts them to all "
         "engines at once, device to device (Gloo where there are no GPUs). ipc: each trainer rank hands them to the engine on its own device, "
         "with placement Colocated. By nccl and ipc an engine that joins, and a version that fails, go by store. "
-        "auto: ipc with placement Colocated, else store.",
+        "auto: ipc with placement Colocated; else nccl once each process is seen to have GPUs of its own, and store where it has not.",
     )
     weight_sync_streams: int = field(4, "TCP streams of one pull.", ge=1, le=64)
     request_timeout_seconds: float = field(3600.0, "Limit of one operation of the trainer.", unit="seconds", gt=0)

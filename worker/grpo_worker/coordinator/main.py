@@ -58,7 +58,7 @@ class Coordinator:
 
     async def run(self) -> dict[str, object]:
         """Returns how far the run got (`Progress.last_word`). Raises GRPOError, with the same as its context."""
-        network, transport = self._spec.network, self._spec.weight_transport
+        network = self._spec.network
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20) as session:
             client = MemberClient(session, self._members, self._token)
             self._trainer = TrainerClient(client, self._members, network.request_timeout_seconds)
@@ -69,8 +69,8 @@ class Coordinator:
                 network.weight_sync_timeout_seconds,
                 self._events.emit,
                 clear_cache=self._spec.rollout.clears_kv_cache,
-                workers_in_group=0 if transport == "store" else self._spec.rollout.tensor_parallel_size,
-                pairs=transport == "ipc",
+                transport=self._spec.weight_transport,
+                workers_of_an_engine=self._spec.rollout.tensor_parallel_size,
                 patience_seconds=network.member_timeout_seconds,
                 startup_seconds=self._spec.failure_policy.startup_timeout_seconds,
             )

@@ -33,6 +33,7 @@ class Member:
     last_seen: float  # monotonic seconds
     suspect: bool = False  # a request failed since the last heartbeat
     served: int | None = None  # the weight version that its workers read back to this coordinator
+    devices: tuple[str, ...] = ()  # of an engine's workers, as far as it has told
     told_silent: bool = False
 
     @property

@@ -4,7 +4,7 @@ Invariant: an engine gets prompts only after this coordinator made it apply the 
 version and digest back. A restarted engine, a restarted coordinator and an engine whose sync failed all go the same way in, beside
 training, by the store: a version is settled when the engines that were in service have it or were lost. One version is on its way at a time.
 
-With `nccl` and `ipc` a version goes to the engines in service at once, over a group that lasts until its members change or one of them fails. The
+With `nccl` and `ipc` (chosen, or by `auto` for what is seen of the devices) a version goes to the engines in service at once, over a group that lasts until its members change or one of them fails. The
 store gets it when somebody needs it there: at the first publish, when an engine is about to join, and afterwards while the trainer still has it.
 
 Colocated engines sleep from `rest` on until the next `publish`. Nobody joins meanwhile, and no process of an engine takes memory.
@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo_worker.config.run import Transport
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Emit, Member, Members
 from grpo_worker.coordinator.trainer_client import TrainerClient, TrainerFailed
@@ -33,7 +34,7 @@ from grpo_worker.protocol.messages import (
     SleepRequest,
     StoreSource,
 )
-from grpo_worker.weightsync.channels import SENDER
+from grpo_worker.weightsync.channels import CPU, SENDER
 
 RETRY_SECONDS = 1.0  # before a sync is tried again; doubles
 MAX_RETRY_SECONDS = 30.0
@@ -91,16 +92,17 @@ class WeightSync:
         emit: Emit,
         *,
         clear_cache: bool = True,
-        workers_in_group: int = 0,
-        pairs: bool = False,
+        transport: Transport = "store",
+        workers_of_an_engine: int = 1,
         patience_seconds: float = 30.0,
         startup_seconds: float = 1800.0,
     ) -> None:
         """
         Args:
             clear_cache: requests that run during a swap lose their KV cache, and it is computed again.
-            workers_in_group: an engine's workers in a group; 0: everything goes by the store.
-            pairs: groups are pairs of a trainer rank and the worker on its device (`ipc`), not one for all (`nccl`).
+            transport: with `ipc` groups are pairs of a trainer rank and the worker on its device, with `nccl` there is one for all; `auto` is
+                `nccl` for as long as no two of the group's processes have the same device, `store` otherwise.
+            workers_of_an_engine: its members of a group.
             patience_seconds: of a group's member for another one.
             startup_seconds: that an engine may need to start.
         """
@@ -110,8 +112,9 @@ class WeightSync:
         self._timeout_seconds = timeout_seconds
         self._emit = emit
         self._clear_cache = clear_cache
-        self._workers_in_group = workers_in_group
-        self._pairs = pairs
+        self._transport = transport
+        self._pairs = transport == "ipc"
+        self._workers = workers_of_an_engine
         self._patience_seconds = patience_seconds
         self._startup_seconds = startup_seconds
         self._resting: list[Member] | None = None  # engines in service that sleep; None: nobody has to
@@ -119,6 +122,7 @@ class WeightSync:
         self._version: int | None = None
         self._source: StoreSource | None = None  # of that version, or of an older one
         self._meeting_port = 0
+        self._trainer_device = CPU  # of rank 0
         self._group: Group | None = None
         self._group_failures = 0
         self._generations = itertools.count(1)
@@ -199,7 +203,8 @@ class WeightSync:
         if group is None:
             with self._members.waiting(f"the trainer to publish the weights of version {version}"):
                 reply = await self._trainer.call(PublishRequest(version=version), PublishReply)
-            self._version, self._source, self._meeting_port = version, reply.store, reply.meeting_port
+            self._version, self._source = version, reply.store
+            self._meeting_port, self._trainer_device = reply.meeting_port, reply.device
             self._publishing = engines
             self._resting = None
             self._applying = asyncio.create_task(self._apply_to(engines, SyncReport(version, reply.seconds)))
@@ -223,17 +228,22 @@ class WeightSync:
 
     def _group_of(self, engines: list[Member]) -> Group | None:
         """The group of these engines, in this order; a new one where they have changed."""
-        if not self._workers_in_group:
+        if self._transport == "store" or (self._transport == "auto" and not self._apart(engines)):
             return None
         if self._group is None or self._group.engines != engines:
             self._group = Group(next(self._generations), engines)
         return self._group
 
+    def _apart(self, engines: list[Member]) -> bool:
+        """Whether NCCL can bring them together with the trainer's rank 0: each process needs a GPU of its own."""
+        devices = [self._trainer_device, *(device for engine in engines for device in engine.devices)]
+        return CPU not in devices and len(set(devices)) == 1 + len(engines) * self._workers
+
     def _place(self, group: Group, rank: int, **of_pairs: Any) -> GroupPlace:
         assert self._source is not None
         return GroupPlace(
             host=self._source.host, port=self._meeting_port, generation=group.generation, rank=rank,
-            world_size=2 if self._pairs else 1 + len(group.engines) * self._workers_in_group,
+            world_size=2 if self._pairs else 1 + len(group.engines) * self._workers,
             patience_seconds=self._patience_seconds, **of_pairs,
         )  # fmt: skip
 
@@ -241,18 +251,18 @@ class WeightSync:
         if not self._pairs:
             return self._place(group, SENDER)
         firsts = map(self._first_pair, group.engines)
-        ranks = tuple(first + worker for first in firsts for worker in range(self._workers_in_group))
+        ranks = tuple(first + worker for first in firsts for worker in range(self._workers))
         return self._place(group, SENDER, pair=SENDER, pairs=ranks)
 
     def _receivers_places(self, group: Group) -> list[GroupPlace]:
         """Of each engine's first worker."""
         if self._pairs:
             return [self._place(group, 1, pair=self._first_pair(member)) for member in group.engines]
-        return [self._place(group, 1 + index * self._workers_in_group) for index in range(len(group.engines))]
+        return [self._place(group, 1 + index * self._workers) for index in range(len(group.engines))]
 
     def _first_pair(self, engine: Member) -> int:
         """The trainer rank on the device of an engine's first worker: `rollout-2` has the third share of the ranks' devices."""
-        return int(engine.name.rpartition("-")[2]) * self._workers_in_group
+        return int(engine.name.rpartition("-")[2]) * self._workers
 
     async def _broadcast_to(self, group: Group, version: int, sent: "asyncio.Future[PublishReply]") -> SyncReport:
         """A group that fails for one member is none any more; who does not have the version joins by the store."""
@@ -291,7 +301,7 @@ class WeightSync:
                 f"{': ' + trainers.group_error if trainers.group_error else ''}. The others take it from the store.",
             )  # fmt: skip
         if self._group_failures == MAX_GROUP_FAILURES:
-            self._workers_in_group = 0
+            self._transport = "store"
             self._emit(
                 "warning",
                 "WeightGroupsGivenUp",
@@ -427,6 +437,7 @@ class WeightSync:
                     f"{error}. Trainer and engine do not load the same model: check model.path on both sides."
                 ) from error
             raise
+        member.devices = reply.devices
         if reply.version != version or (source and reply.digest != source.digest):
             wanted = f"digest {reply.digest[:16]} in place of {source.digest[:16]}" if source else "over a group"
             raise PeerLostError(

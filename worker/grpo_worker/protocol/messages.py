@@ -172,6 +172,7 @@ class ApplyWeightsReply(msgspec.Struct, frozen=True, kw_only=True):
     apply_seconds: float  # into the engine; over a group with the way
     pause_seconds: float  # generation stood still
     total_seconds: float
+    devices: tuple[str, ...]  # of the engine's workers
 
 
 class SleepRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,6 +239,7 @@ class PublishReply(msgspec.Struct, frozen=True, kw_only=True, tag="published"):
     digest: str = ""  # of what went over the group
     group_error: str = ""  # the group is of no use any more
     meeting_port: int = 0  # where a group's members meet, on the store's host
+    device: str  # of rank 0
     seconds: float
 
 

@@ -117,6 +117,7 @@ class RolloutEngine:
         self.max_model_len: int = config.max_model_len
         dtype = str(config.dtype).removeprefix("torch.")
         self._dtypes = frozenset({dtype, "float32"})  # the engine casts float32 as its own loader would
+        self._devices = await self._thread.between_steps(lambda: tuple(self._llm.collective_rpc("grpo_device")))
         await self._warm_up()
         log.info(
             "engine is up after %.1f s: %s, %s, context %d tokens",
@@ -316,6 +317,7 @@ class RolloutEngine:
         return ApplyWeightsReply(
             version=cast(int, self.weight_version), digest=cast(str, self.weight_digest), bytes=layout(self._tensors)[1],
             pull_seconds=pulled - started if request.store else 0.0, apply_seconds=apply_seconds, pause_seconds=ended - paused, total_seconds=ended - started,
+            devices=self._devices,
         )  # fmt: skip
 
     async def sleep(self, request: SleepRequest) -> SleepReply:

@@ -24,6 +24,7 @@ from grpo_worker.protocol.messages import ApplyWeightsRequest
 from grpo_worker.rollout.options import BACKEND
 from grpo_worker.rollout.orphan import end_with_parent
 from grpo_worker.weightsync.broadcast import GroupMember, WeightDigest
+from grpo_worker.weightsync.channels import physical
 from grpo_worker.weightsync.manifest import SnapshotManifest, TensorSpec
 
 
@@ -171,6 +172,10 @@ class WorkerExtension:
     def grpo_applied_weights(self) -> tuple[int, str] | None:
         """Version and digest of the weights that this worker's model has."""
         return self.weight_transfer_engine.applied
+
+    def grpo_device(self) -> str:
+        """Of this worker."""
+        return physical(self.weight_transfer_engine.device)
 
     def grpo_forget_weights(self) -> int:
         """They are about to go. Returns the bytes that are in use on the device, by whomever."""

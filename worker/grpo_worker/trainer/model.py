@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -35,6 +36,7 @@ from grpo_worker.trainer.logprobs import EAGER, ChunkKernels, chunked_log_probs
 from grpo_worker.trainer.options import TrainerOptions
 
 PREFIX = "lm."
+GATHER_BYTES = 64 << 20
 
 
 class PolicyModel(nn.Module):
@@ -215,12 +217,73 @@ def named_parameters(model: PolicyModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def gathered_parameters(model: PolicyModel, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors in `dtype`, one at a time. Collective: each rank must run it to the end, in step.
+    """Whole tensors in `dtype`, in layer order. Collective: each rank must run it to the end, in step.
 
-    The shard is cast before it is gathered: half the bytes travel, and casting commutes with gathering.
+    Neighbours are gathered together, while those before them are used: a collective for each tensor costs more than its bytes.
     """
+    under_way: Gather | None = None
+    for neighbours in _neighbours(model, dtype):
+        following = Gather(neighbours, dtype, device)
+        if under_way is not None:
+            yield from under_way.tensors()
+        under_way = following
+    if under_way is not None:
+        yield from under_way.tensors()
+
+
+def _neighbours(model: PolicyModel, dtype: torch.dtype) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """As many as fit in `GATHER_BYTES`; a larger one alone."""
+    together: list[tuple[str, nn.Parameter]] = []
+    size = 0
     for name, parameter in named_parameters(model):
-        tensor = parameter.detach()
-        whole = tensor.to(device=device, dtype=dtype)
-        assert isinstance(whole, DTensor)
-        yield name, whole.full_tensor()
+        its_own = parameter.numel() * dtype.itemsize
+        if together and size + its_own > GATHER_BYTES:
+            yield together
+            together, size = [], 0
+        together.append((name, parameter))
+        size += its_own
+    yield together
+
+
+class Gather:
+    """Parameters on their way to every rank, in one collective. Shards are cast before: half the bytes travel, and it comes to the same."""
+
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> None:
+        self._parameters, self._dtype, self._device = parameters, dtype, device
+        self._group = _shard_mesh(parameters[0][1]).get_group()
+        self._ranks = dist.get_world_size(self._group)
+        if self._ranks == 1:
+            return
+        self._sizes = [
+            -(-p.shape[0] // self._ranks) * p[:1].numel() for _, p in parameters
+        ]  # of the largest rank's shard
+        self._mine = torch.zeros(sum(self._sizes), dtype=dtype, device=device)
+        for place, (_, parameter) in zip(self._mine.split(self._sizes), parameters, strict=True):
+            shard = _shard(parameter).flatten()
+            place[: len(shard)].copy_(shard)
+        self._whole = torch.empty(self._ranks * len(self._mine), dtype=dtype, device=device)
+        self._work = dist.all_gather_into_tensor(self._whole, self._mine, group=self._group, async_op=True)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each in memory of its own."""
+        if self._ranks == 1:
+            for name, parameter in self._parameters:
+                yield name, _shard(parameter).to(device=self._device, dtype=self._dtype)
+            return
+        self._work.wait()
+        pieces = self._whole.view(self._ranks, -1).split(self._sizes, dim=1)
+        for (name, parameter), piece in zip(self._parameters, pieces, strict=True):
+            # Shards have whole rows, and all but the last ranks' are full.
+            yield name, piece.reshape(-1)[: parameter.numel()].view(parameter.shape)
+
+
+def _shard(parameter: nn.Parameter) -> Tensor:
+    tensor = parameter.detach()
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def _shard_mesh(parameter: nn.Parameter) -> DeviceMesh:
+    """Of the ranks that share one copy of the model."""
+    assert isinstance(parameter, DTensor)
+    return parameter.device_mesh["shard"]

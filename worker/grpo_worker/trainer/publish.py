@@ -20,6 +20,7 @@ from grpo_worker.trainer.distributed import Ranks, broadcast_bytes
 from grpo_worker.trainer.failures import OperationRefused, as_error
 from grpo_worker.trainer.model import PolicyModel, gathered_parameters, named_parameters
 from grpo_worker.weightsync.broadcast import GroupMember, WeightGroupError, digest_of, open_meeting_point
+from grpo_worker.weightsync.channels import physical
 from grpo_worker.weightsync.manifest import TensorSpec, VersionNotHeldError
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore, SnapshotWriter, dtype_name
@@ -88,7 +89,7 @@ class Publisher:
         self._published = (request.version, updates)
         return PublishReply(
             store=store, digest=digest, group_error=error, seconds=time.perf_counter() - started,
-            meeting_port=self._meeting_point.port if self._meeting_point else 0,
+            meeting_port=self._meeting_point.port if self._meeting_point else 0, device=physical(self.ranks.device),
         )  # fmt: skip
 
     def _place(self, request: PublishRequest) -> GroupPlace | None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from grpo_worker.protocol.messages import GroupPlace
 
 SENDER = 0  # the trainer, in every group
+CPU = "cpu"  # the device of whoever has no GPU
 POLL_SECONDS = 0.0005
 
 Wait = Callable[[], None]  # raises RuntimeError
@@ -93,7 +94,7 @@ class SharedMemory:
         self._buffer: torch.Tensor | None = None
         self._file: BinaryIO | None = None  # behind the sender's buffer on CPU
         self._handle = b""
-        own = _identity(device)
+        own = physical(device)
         self._put("sender" if self._sends else "receiver", own.encode())
         other = self._get("receiver" if self._sends else "sender").decode()
         if other != own:
@@ -171,9 +172,9 @@ class Handle(msgspec.Struct, frozen=True, kw_only=True):
     event_sync: bool = False
 
 
-def _identity(device: torch.device) -> str:
-    """Of the physical device: processes may number theirs differently."""
-    return "cpu" if device.type == "cpu" else f"GPU {torch.cuda.get_device_properties(device).uuid}"
+def physical(device: torch.device) -> str:
+    """Which device it is, whatever number this process has given it."""
+    return CPU if device.type == "cpu" else f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 
 def _share(size: int, device: torch.device) -> tuple[torch.Tensor, BinaryIO | None, Handle]:
