@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from msgspec.structs import replace as replace_field
+from torch.distributed.fsdp import fully_shard
 from trainer_helpers import (
     batch_message,
     options_for,
@@ -213,6 +214,17 @@ def handing_over(model: Path, ranks: Ranks, _: Path) -> Any:
     return found
 
 
+def gathering(model: Path, ranks: Ranks, _: Path) -> Any:
+    """Parameters whose rows the ranks do not divide, or that are fewer than ranks: gathered together and by PyTorch's own way."""
+    parts = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(2, 1), torch.nn.Linear(4, 16))
+    for parameter in parts.parameters():
+        dist.broadcast(parameter.data, 0)
+    fully_shard(parts, mesh=ranks.mesh)
+    named: Any = list(parts.named_parameters())
+    together = dict(policy.Gather(named, torch.bfloat16, ranks.device).tensors())
+    return {name: (together[name], parameter.full_tensor().detach().bfloat16()) for name, parameter in named}
+
+
 def damaged(model: Path, ranks: Ranks, checkpoint: Path) -> Any:
     """The checkpoint of `straight` with one changed bit in rank 1's shard: what each rank says. Then it is whole again, and loads."""
     engine = TrainerEngine(options_for(model), ranks)
@@ -300,6 +312,7 @@ def main() -> None:
             "damaged": damaged,
             "broadcasting": broadcasting,
             "handing_over": handing_over,
+            "gathering": gathering,
             "loading": loading,
         }[name]
         results[scenario] = run(model, ranks, Path(checkpoint))

@@ -49,7 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(model: Path, checkpoints: dict[int, Path]) -> Any:
-    scenarios = ["gradients", f"straight={checkpoints[2]}", "broadcasting", "handing_over"]
+    scenarios = ["gradients", f"straight={checkpoints[2]}", "broadcasting", "handing_over", "gathering"]
     results = run(model, checkpoints[2].with_suffix(".pt"), 2, scenarios)
     return {name.partition("=")[0]: result for name, result in results.items()}
 
@@ -63,6 +63,7 @@ def in_two_copies(model: Path, checkpoints: dict[int, Path]) -> Any:
         f"resumed={checkpoints[8]}",
         "broadcasting",
         "handing_over",
+        "gathering",
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARD_SIZE", "4")
@@ -279,6 +280,13 @@ def test_every_ranks_partner_gets_the_gathered_model_and_the_digest_is_rank_0s(
             assert len(tensors) > 10
             assert all(torch.equal(tensor, seen["model"][name]) for name, tensor in tensors.items())
     assert len({seen["digest"] for seen in (whole, without_first, without_last)}) == 3
+
+
+@pytest.mark.parametrize("ranks", ["on_two_ranks", "in_two_copies"])
+def test_parameters_that_the_ranks_do_not_divide_are_gathered_whole(ranks: str, request: pytest.FixtureRequest) -> None:
+    for name, (together, alone) in request.getfixturevalue(ranks)["gathering"].items():
+        assert together.dtype == torch.bfloat16, name
+        assert torch.equal(together, alone), name
 
 
 def test_a_version_that_the_trainer_has_no_more_is_refused(on_two_ranks: Any) -> None:
