@@ -30,6 +30,11 @@ from grpo_worker.rollout.options import EngineOptions
 Round = Callable[[list[list[int]]], int]  # tokens of prompts in, number of generated tokens out
 
 
+def kv_cache(options: argparse.Namespace) -> dict[str, int]:
+    """Engines that start beside one another would each take what the others allocate meanwhile for their own."""
+    return {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30)} if options.kv_cache_gib else {}
+
+
 def vllm_alone(options: argparse.Namespace, stop: int) -> Round:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
@@ -42,6 +47,7 @@ def vllm_alone(options: argparse.Namespace, stop: int) -> Round:
         max_model_len=options.prompt_tokens + options.response_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
         logprobs_mode="raw_logprobs",
+        **kv_cache(options),
     )
     sampling = SamplingParams(
         temperature=1.0,
@@ -66,7 +72,9 @@ class OurEngine:
 
     def __init__(self, options: argparse.Namespace, stop: int) -> None:
         section = Rollout(
-            maxNumSeqs=options.prompts * options.samples, gpuMemoryUtilization=options.gpu_memory_utilization
+            maxNumSeqs=options.prompts * options.samples,
+            gpuMemoryUtilization=options.gpu_memory_utilization,
+            engineArgs=kv_cache(options),
         )
         length = options.prompt_tokens + options.response_tokens
         self.log_probs = not options.no_log_probs
@@ -123,6 +131,7 @@ def main() -> None:
     parser.add_argument("--no-log-probs", action="store_true")
     parser.add_argument("--plain", action="store_true", help="prompts are text, not a chat")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
+    parser.add_argument("--kv-cache-gib", type=float, help="in place of what is left of that share")
     parser.add_argument("--profile", action="store_true", help="of our engine only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
