@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from trainer_helpers import batch_message, options_for, plain_log_probs, save_tiny_model
 
 from grpo_worker.checkpoint import write_manifest
@@ -69,6 +70,21 @@ def test_training_on_a_gpu_follows_float32(tmp_path: Path, ranks: Ranks, change:
     assert source is not None and source.total_bytes > 0
     wanted.close()
     actual.close()
+
+
+@pytest.mark.parametrize("entropy_coeff", [0.0, 0.05])
+def test_updates_compile_nothing_that_was_not_compiled_at_the_start(
+    tmp_path: Path, ranks: Ranks, entropy_coeff: float
+) -> None:
+    torch.compiler.reset()
+    model = save_tiny_model(tmp_path / "model", **WIDE)
+    options = options_for(model, device="cuda", actor={"entropyCoeff": entropy_coeff})
+    engine = TrainerEngine(options, ranks)
+    compiled = counters["stats"]["unique_graphs"]
+    for step, lengths in enumerate((LENGTHS, [(17, 47), (16, 16), (33, 31)], [(8, 8)] * 9), 1):
+        engine.updater.update(Sequences.of(batch_message(lengths, seed=step)), step)
+    assert counters["stats"]["unique_graphs"] == compiled > 0
+    engine.close()
 
 
 def test_float32_on_a_gpu_is_float32(tmp_path: Path, ranks: Ranks) -> None:

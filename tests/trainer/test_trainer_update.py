@@ -245,6 +245,21 @@ def test_memory_savers_do_not_change_the_gradient(model: Path, change: dict[str,
     assert relative_difference(changed, usual) < 1e-6
 
 
+@pytest.mark.parametrize("change", [{}, {"entropyCoeff": 0.05}, {"fsdp": {"paramOffload": True}}])
+def test_what_is_run_before_the_first_update_leaves_nothing_behind(model: Path, change: dict[str, Any]) -> None:
+    options = options_for(model, actor=change)
+    plain, warm = updater_for(options), updater_for(options)
+    before = whole_parameters(warm.model)
+    warm.warm_up()
+    assert all(parameter.grad is None for parameter in warm.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in whole_parameters(warm.model).items())
+    for updater in (plain, warm):
+        updater.update(sequences_of(LENGTHS), step=1)
+    expected = whole_parameters(plain.model)
+    assert all(torch.equal(value, expected[name]) for name, value in whole_parameters(warm.model).items())
+    assert warm.state == plain.state
+
+
 def test_full_recomputation_repeats_the_layers_and_selective_no_matrix_product(model: Path) -> None:
     def operations(**section: Any) -> int:
         with FlopCounterMode(display=False) as counter:

@@ -52,6 +52,7 @@ def test_each_pair_has_what_its_sender_sent_version_after_version(
             assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
+DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
 RECEIVER = """
     import sys, torch, msgspec
     from grpo_worker.protocol.messages import GroupPlace
@@ -59,7 +60,7 @@ RECEIVER = """
     from grpo_worker.weightsync.manifest import TensorSpec
     place = msgspec.json.decode(sys.argv[1], type=GroupPlace)
     specs = msgspec.json.decode(sys.argv[2], type=list[TensorSpec])
-    group, device = WeightGroup(place, torch.device("cpu")), torch.device("cpu")
+    group = WeightGroup(place, torch.device(sys.argv[3]))
     for version in range(2):
         digest = WeightDigest()
         total = sum(float(tensor.double().sum()) for _, tensor in group.receive(specs, digest))
@@ -67,13 +68,18 @@ RECEIVER = """
 """
 
 
-def test_another_process_reads_the_same_bits(pair: Callable[..., GroupPlace]) -> None:
-    arguments = [msgspec.json.encode(pair(301, 1)).decode(), msgspec.json.encode(specs(tensors())).decode()]
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_process_reads_the_same_bits(pair: Callable[..., GroupPlace], device: str) -> None:
+    receiver, wanted = msgspec.json.encode(pair(301, 1)), msgspec.json.encode(specs(tensors()))
+    arguments = [receiver.decode(), wanted.decode(), device]
     other = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(RECEIVER), *arguments], stdout=subprocess.PIPE, text=True
     )
-    group = WeightGroup(pair(301, 0), CPU)
-    sent = [group.send(iter(tensors(seed).items()), specs(tensors(seed))) for seed in range(2)]
+    group = WeightGroup(pair(301, 0), torch.device(device))
+    sent = [
+        group.send(((name, tensor.to(device)) for name, tensor in tensors(seed).items()), specs(tensors(seed)))
+        for seed in range(2)
+    ]
     lines, _ = other.communicate(timeout=60)
     totals = [sum(float(tensor.double().sum()) for tensor in tensors(seed).values()) for seed in range(2)]
     assert [line.split() for line in lines.splitlines()] == [
@@ -109,7 +115,7 @@ def test_a_sender_that_breaks_off_fails_its_receiver_within_the_patience(pair: C
 
 def test_processes_on_two_devices_are_no_pair(pair: Callable[..., GroupPlace], monkeypatch: pytest.MonkeyPatch) -> None:
     devices = iter(["GPU a", "GPU b"])
-    monkeypatch.setattr(channels, "_identity", lambda device: next(devices))
+    monkeypatch.setattr(channels, "physical", lambda device: next(devices))
     other = start(lambda: WeightGroup(pair(304, 1, patience_seconds=5.0), CPU))
     with pytest.raises(WeightGroupError, match=r"on different devices, GPU [ab] and GPU [ab]: shared memory needs one"):
         WeightGroup(pair(304, 0, patience_seconds=5.0), CPU)

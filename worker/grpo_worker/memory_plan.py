@@ -106,9 +106,19 @@ class MemoryPlan:
     def phases(self) -> tuple[Phase, ...]:
         return self.generating, self.updating, self.syncing
 
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.device_bytes * (1 - SPARE_SHARE))
+
+    @property
+    def room_to_warm_up(self) -> bool:
+        """Whether a pass over a few tokens fits beside an engine that is awake."""
+        pass_over_few = self.updating.parts["gathered weights"] + self.updating.parts["gradients"]
+        return self.generating.total + pass_over_few <= self.usable_bytes
+
     def check(self) -> None:
         """Raises ConfigError for a job that does not fit, with the arithmetic."""
-        usable = int(self.device_bytes * (1 - SPARE_SHARE))
+        usable = self.usable_bytes
         if not (over := [phase for phase in self.phases if phase.total > usable]) and self.kv_cache_bytes > 0:
             return
         what = "; ".join(map(str, over)) or (

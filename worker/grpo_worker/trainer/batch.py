@@ -79,6 +79,16 @@ class Sequences:
         )
 
 
+def stand_in(lengths: Sequence[tuple[int, int]]) -> TrainBatch:
+    """Of sequences with these numbers of prompt and response tokens, all of them token 0."""
+    prompts, responses = zip(*lengths, strict=True)
+    return TrainBatch(
+        prompt_lengths=Array.of(list(prompts), "int32"),
+        response_lengths=Array.of(list(responses), "int32"),
+        token_ids=Array.of([0] * sum(map(sum, lengths)), "int32"),
+    )
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Inputs of one forward pass. Packed: one row of all tokens, `[1, tokens]`; padded: `[sequences, longest]`."""

@@ -4,10 +4,12 @@ Invariant: each operation is collective and leaves the same state on all ranks; 
 refused on all of them before anything has changed.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import assert_never
 
+from grpo_worker.environment import DEVICE_COUNT
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import (
     Array,
@@ -81,6 +83,8 @@ class TrainerEngine:
         if self.turns.moments_leave:
             self.optimizer.rest()
         self.updater = Updater(self.model, self.optimizer, options, ranks, loss, self.state)
+        if options.compile and self._may_warm_up():
+            self.updater.warm_up()  # while the engines start
         self.store = SnapshotStore(timeout_seconds=spec.network.weight_sync_timeout_seconds) if ranks.is_first else None
         self.weights = None
         if self.store is not None:
@@ -109,6 +113,13 @@ class TrainerEngine:
             spec.trainer.seed,
             spec.trainer.process_group_timeout_seconds,
         )
+
+    def _may_warm_up(self) -> bool:
+        """Not where an engine that starts takes what is left of the device by measuring it."""
+        spec, placed = self.options.spec, os.environ.get(DEVICE_COUNT)
+        if spec.colocated:
+            return self.turns.may_warm_up
+        return placed is None or int(placed) >= spec.devices
 
     def run(self, request: TrainerRequest) -> TrainerReply:
         """Run one operation. Raises OperationRefused when the request is at fault."""

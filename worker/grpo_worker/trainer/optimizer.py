@@ -70,8 +70,11 @@ class PolicyOptimizer:
             self.adamw.step()
             if self.offload:
                 self.rest()
-        self.adamw.zero_grad(set_to_none=True)
+        self.forget_gradients()
         return StepResult(norm, skipped)
+
+    def forget_gradients(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
 
     def rest(self) -> None:
         """States to the host, where they wait in page-locked memory for the next step."""

@@ -36,6 +36,10 @@ class Turns:
     def moments_leave(self) -> bool:
         return self._plan is not None and self._plan.moments_leave
 
+    @property
+    def may_warm_up(self) -> bool:
+        return not self._active or (self._plan is not None and self._plan.room_to_warm_up)
+
     def metrics(self) -> dict[str, float]:
         """GiB of the device in each phase: as planned, and as it was the last time. The update is just over, the engine sleeps."""
         if self._plan is None:

@@ -25,7 +25,7 @@ from grpo_worker.algorithms.losses import POLICY_LOSSES, PolicyLoss, PolicyLossI
 from grpo_worker.config.actor import Ref
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.errors import DataError
-from grpo_worker.trainer.batch import MicroBatch, Sequences, collate, to_device
+from grpo_worker.trainer.batch import MicroBatch, Sequences, collate, stand_in, to_device
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.learning_rate import learning_rate
 from grpo_worker.trainer.mfu import ModelFlops, device_peak, parity_tokens
@@ -35,6 +35,8 @@ from grpo_worker.trainer.options import TrainerOptions
 from grpo_worker.trainer.packing import PackingPlan, packing_efficiency, plan_micro_batches, rank_imbalance
 
 GIB = 1024**3
+# Prompt and response. Compiled code takes any number of tokens; only a number that kernels are aligned to would get code of its own.
+WARM_UP_LENGTHS = ((11, 30), (6, 20))
 
 
 @dataclass
@@ -286,6 +288,18 @@ class Updater:
         rollout = torch.from_numpy(sequences.values["rollout_log_probs"])
         correction = self.options.spec.algorithm.rollout_correction
         return corrected(old, rollout, mask, seq_ids, sequences.count, correction).metrics
+
+    def warm_up(self) -> None:
+        """Compile what an update runs, on a few tokens, before there is anything to learn from. Collective."""
+        sequences = Sequences.of(stand_in(WARM_UP_LENGTHS))
+        set_reductions(self.model, self.ranks.mesh, self.options.spec.actor.fsdp, last=True)
+        batch = collate(
+            sequences, range(sequences.count), self.options.spec.model.use_remove_padding, self.ranks.device
+        )
+        log_probs, entropy = self.model(batch, self.options.spec.rollout.temperature)
+        learned = log_probs.sum() + entropy.sum() if self.options.spec.actor.entropy_coeff else log_probs.sum()
+        learned.backward()
+        self.optimizer.forget_gradients()
 
     def check(self, sequences: Sequences) -> None:
         """Raises DataError when the batch lacks what the loss needs."""
