@@ -56,7 +56,7 @@ bench: $(STAMP)
 
 # With the environment that the GPU machine has (docs/gpu.md), not the one of this file: PYTHON=python3 make gpu-smoke
 gpu-smoke:
-	PYTHONPATH=worker:operator:. $(PYTHON) -m pytest $(wildcard tests/*/test_*_gpu.py) tests/weightsync/test_shared_memory.py -rA --tb=short --show-capture=no
+	PYTHONPATH=worker:operator:.:$$PYTHONPATH $(PYTHON) -m pytest $(wildcard tests/*/test_*_gpu.py) tests/weightsync/test_shared_memory.py -rA --tb=short --show-capture=no
 
 # Files made from the models; a test fails when they differ.
 generated: $(STAMP)
