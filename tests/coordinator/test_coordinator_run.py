@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from coordinator_helpers import TOKEN, Engine, answer, good
+from coordinator_helpers import TOKEN, Engine, answer, good, published
 from coordinator_stage import BATCH, EPOCHS, PROMPTS, Stage, once_an_epoch
 
 from grpo_worker.coordinator.trainer_client import TrainerLost
@@ -19,6 +19,8 @@ from grpo_worker.errors import ConfigError, DataError, YieldedError
 from grpo_worker.protocol.auth import authorization
 from grpo_worker.protocol.heartbeat import HeartbeatClient
 from grpo_worker.protocol.messages import (
+    ApplyWeightsRequest,
+    ErrorReply,
     GenerateRequest,
     LogProbsRequest,
     PublishRequest,
@@ -27,6 +29,38 @@ from grpo_worker.protocol.messages import (
 )
 
 pytestmark = pytest.mark.asyncio
+
+
+class DiesInTheSecondBroadcast(Engine):
+    """And comes back as a new process, which takes weights from the store."""
+
+    async def pull(self, request: ApplyWeightsRequest) -> str:
+        if request.group is not None and request.version == 2:
+            self.restart()
+            raise ConnectionResetError
+        return await super().pull(request)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_a_version_that_was_lost_on_its_way_to_the_only_engine_does_not_end_the_run(
+    stage: Stage, staleness: int
+) -> None:
+    async with stage.members(DiesInTheSecondBroadcast("rollout-0")):
+
+        def publish(request: PublishRequest) -> Any:
+            newest = stage.trainer.steps[-1] if stage.trainer.steps else 0
+            if request.version != newest:
+                return ErrorReply(reason="VersionNotHeld", message="gone", exit_code=75, recoverable=True)
+            return published(request)
+
+        stage.trainer.answers[PublishRequest] = publish
+        await stage.train(stage.job(rollout={"maxStaleness": staleness}, network={"weightSync": "nccl"}))
+    assert once_an_epoch(stage.trained())
+    engines = [line["weight_sync/engines"] for line in stage.records("metrics.jsonl")]
+    assert engines.count(0) == 1
+    assert len(engines) == PROMPTS * EPOCHS // BATCH
+    (failed,) = [event for event in stage.records("events.jsonl") if event["reason"] == "WeightGroupFailed"]
+    assert "0 of 1 engines took version 2" in failed["message"]
 
 
 async def dies_now_and_then(engine: Engine, stream: web.StreamResponse, http: web.Request, request: GenerateRequest) -> None:  # fmt: skip

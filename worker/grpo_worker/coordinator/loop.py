@@ -152,7 +152,8 @@ class TrainingLoop:
         the timer's parts. Returns how the last version that serves came to the engines."""
         beside = self._published and self._spec.rollout.max_staleness > 0
         with timer.part(publish):
-            report = await self._settle() if beside else None
+            # An engine that lost that version on its way takes this one: the trainer, which has trained since, has the other no more.
+            report = await self._parts.weights.settled() if beside else None
             await self._parts.weights.publish(self._step)
         with timer.part(wait):
             report = report or await self._settle()
