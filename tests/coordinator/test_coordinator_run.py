@@ -34,9 +34,13 @@ pytestmark = pytest.mark.asyncio
 class DiesInTheSecondBroadcast(Engine):
     """And comes back as a new process, which takes weights from the store."""
 
+    back_as = "ready"
+
     async def pull(self, request: ApplyWeightsRequest) -> str:
         if request.group is not None and request.version == 2:
             self.restart()
+            self.state = self.back_as
+            await asyncio.sleep(0.2)  # heartbeats have told of the new process
             raise ConnectionResetError
         return await super().pull(request)
 
@@ -45,7 +49,21 @@ class DiesInTheSecondBroadcast(Engine):
 async def test_a_version_that_was_lost_on_its_way_to_the_only_engine_does_not_end_the_run(
     stage: Stage, staleness: int
 ) -> None:
-    async with stage.members(DiesInTheSecondBroadcast("rollout-0")):
+    engine = DiesInTheSecondBroadcast("rollout-0")
+    async with stage.members(engine):
+        plain = stage.trainer.update
+
+        async def update(request: UpdateRequest) -> Any:
+            if staleness and request.step == 2:  # the third step's answers are there before the engine dies
+                while len(engine.answered) < 3 * BATCH:
+                    await asyncio.sleep(0.01)
+            if staleness and request.step == 3:  # and its successor is up after the third update alone
+                asyncio.get_running_loop().call_later(0.5, setattr, engine, "state", "ready")
+            return plain(request)
+
+        stage.trainer.answers[UpdateRequest] = update
+        if staleness:
+            engine.back_as = "starting"
 
         def publish(request: PublishRequest) -> Any:
             newest = stage.trainer.steps[-1] if stage.trainer.steps else 0
