@@ -75,7 +75,7 @@ async def test_a_version_that_was_lost_on_its_way_to_the_only_engine_does_not_en
         await stage.train(stage.job(rollout={"maxStaleness": staleness}, network={"weightSync": "nccl"}))
     assert once_an_epoch(stage.trained())
     engines = [line["weight_sync/engines"] for line in stage.records("metrics.jsonl")]
-    assert engines.count(0) == 1
+    assert engines.count(0) == 1 + staleness, "version 2, and the one that followed while no engine was there"
     assert len(engines) == PROMPTS * EPOCHS // BATCH
     (failed,) = [event for event in stage.records("events.jsonl") if event["reason"] == "WeightGroupFailed"]
     assert "0 of 1 engines took version 2" in failed["message"]
