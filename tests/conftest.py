@@ -11,10 +11,18 @@ import pytest
 from e2e.cluster.build import build
 from e2e.cluster.recipe import CONTROL_PLANE
 
+TESTS = Path(__file__).parent
 FOLDERS = ("kubernetes", "chart")
+LONG = ("run", "kubernetes", "rollout", "trainer", "coordinator")  # begun first, so that two processes end together
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes (`pytest -n 2 --dist loadgroup`) one has a whole folder, and with it what its session's fixtures start."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_folder(item)))
+        items.sort(key=lambda item: LONG.index(_folder(item)) if _folder(item) in LONG else len(LONG))
     if shutil.which("go") is not None or os.environ.get("GRPO_NEED_KUBERNETES"):
         return
     skip = pytest.mark.skip(reason="no Go (1.26 or newer) to build kube-apiserver with; see docs/development.md")
@@ -30,5 +38,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         build([*CONTROL_PLANE, "helm", "kubeconform"])
 
 
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
+
+
 def _needs_kubernetes(item: pytest.Item) -> bool:
-    return any(item.path.is_relative_to(Path(__file__).parent / folder) for folder in FOLDERS)
+    return _folder(item) in FOLDERS
