@@ -99,7 +99,7 @@ def _run_role(role: str, job: GRPOJob, job_file: str) -> tuple[int, dict[str, ob
         from grpo_worker.local.node import run as run_node
 
         return run_node(job, job_file), {}
-    _require_device(job.spec.runtime.device)
+    _claim_device(job.spec.runtime.device)
     if role == "trainer":
         from grpo_worker.trainer.main import run as run_trainer
 
@@ -110,8 +110,10 @@ def _run_role(role: str, job: GRPOJob, job_file: str) -> tuple[int, dict[str, ob
     return int(ExitCode.DONE), {}
 
 
-def _require_device(device: str) -> None:
+def _claim_device(device: str) -> None:
     """Raises DeviceError where the document's device is not to be had: whoever places pods may find a node that has it."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for vLLM, which would take a GPU that it sees
     if device != "cuda":
         return
     import torch

@@ -13,6 +13,7 @@ from typing import Any
 from grpo_operator.build.errors import spec_of
 from grpo_operator.build.metadata import object_meta
 from grpo_operator.build.ports import ports_of
+from grpo_operator.build.resources import asks_for_gpus
 from grpo_operator.facts import Job
 from grpo_worker.config.job import API_VERSION, KIND
 from grpo_worker.config.load import written_spec
@@ -39,6 +40,8 @@ def document(job: Job) -> dict[str, Any]:
         "rendezvousPort": ports.rendezvous,
         "rolloutPort": ports.rollout,
     }
+    if spec["runtime"]["device"] == "auto" and asks_for_gpus(spec_of(job)):
+        spec["runtime"]["device"] = "cuda"  # a pod that was given a GPU and cannot use it says so: it does not train on the CPU
     metadata = {"name": job.name, "namespace": job.namespace}
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 

@@ -40,6 +40,12 @@ def devices(spec: Spec, role: Role) -> dict[str, str]:
     return wanted
 
 
+def asks_for_gpus(spec: Spec) -> bool:
+    """Whether every pod that computes gets GPUs."""
+    roles = [Role.TRAINER] + [Role.ROLLOUT] * (spec.rollout_pods > 0)
+    return all(str(resources(spec, role).get("limits", {}).get(GPU, "0")) != "0" for role in roles)
+
+
 def capabilities(spec: Spec, role: Role) -> dict[str, list[str]]:
     """RDMA pins memory, for which the container needs IPC_LOCK; a namespace must not enforce Pod Security above `privileged` then."""
     if spec.network.rdma and role is not Role.COORDINATOR:

@@ -46,6 +46,25 @@ def test_the_pods_read_the_document_with_its_preset_resolved_and_its_ports(tmp_p
     )
 
 
+GPU_LIMIT = "nvidia.com/gpu"
+
+
+@pytest.mark.parametrize(
+    ("spec", "device"),
+    [
+        ({}, "cuda"),
+        ({"runtime": {"device": "cpu"}}, "cpu"),
+        ({"placement": "Colocated"}, "cuda"),
+        ({"runtime": {"resources": {"trainer": {"limits": {GPU_LIMIT: 0}}}}}, "auto"),
+        ({"placement": "Colocated", "runtime": {"resources": {"trainer": {"limits": {GPU_LIMIT: "0"}}}}}, "auto"),
+    ],
+    ids=str,
+)
+def test_pods_that_are_given_gpus_are_told_to_use_them(tmp_path: Path, spec: dict[str, Any], device: str) -> None:
+    (tmp_path / "job.yaml").write_text(shared_of("ConfigMap", spec)["data"]["job.yaml"])
+    assert load_job(tmp_path / "job.yaml").spec.runtime.device == device
+
+
 def test_no_value_of_a_variable_is_in_a_shared_object() -> None:
     template = {"all": {"spec": {"containers": [{"name": "worker", "env": [{"name": "B", "value": "sesame-2"}]}]}}}
     spec = {"runtime": {"env": [{"name": "A", "value": "sesame-1"}], "podTemplate": template}}
