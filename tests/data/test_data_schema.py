@@ -95,7 +95,7 @@ def test_a_directory_is_not_a_file(write_parquet: Any, tmp_path: Path) -> None:
         (b"", "train.parquet is empty (0 bytes)"),
         (b'{"question": "a"}\n', "is not a Parquet file: it looks like JSON. Convert it"),
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer, not the data. Run `git lfs pull`"),
-        (gzip.compress(b"x"), "it is gzip. Unpack it first."),
+        (gzip.compress(b"x", mtime=0), "it is gzip. Unpack it first."),
         (b"prompt,reward\n", "is not a Parquet file (it starts with b'prom', not b'PAR1')"),
         (b"PAR1" + b"\0" * 40, "is cut off: it has no Parquet footer. Copy or write it again."),
         (b"PAR1" + b"\0" * 40 + b"PAR1", "cannot be read as Parquet"),
