@@ -30,18 +30,19 @@ from grpo_worker.trainer.distributed import Ranks, join
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.options import TrainerOptions
 
-PROMPT_TOKENS = 8
 
-
-def random_batch(sequences: int, tokens: int, vocabulary: int) -> Sequences:
-    """Sequences of `tokens` tokens whose engine's log-probs are those of a uniform policy."""
+def random_batch(sequences: int, tokens: int, prompt: int, samples: int, vocabulary: int) -> Sequences:
+    """Sequences of `tokens` tokens, `prompt` of them the prompt that `samples` neighbours share. The engine's log-probs are those of a
+    uniform policy."""
     random = np.random.default_rng(0)
-    response = tokens - PROMPT_TOKENS
+    response = tokens - prompt
+    ids = random.integers(0, vocabulary, (sequences, tokens))
+    ids[:, :prompt] = ids[::samples, :prompt].repeat(samples, axis=0)[:sequences]
     return Sequences.of(
         TrainBatch(
-            prompt_lengths=Array.of([PROMPT_TOKENS] * sequences, "int32"),
+            prompt_lengths=Array.of([prompt] * sequences, "int32"),
             response_lengths=Array.of([response] * sequences, "int32"),
-            token_ids=Array.of(random.integers(0, vocabulary, sequences * tokens), "int32"),
+            token_ids=Array.of(ids.reshape(-1), "int32"),
             rollout_log_probs=Array.of(np.full(sequences * response, -np.log(vocabulary)), "float32"),
             advantages=Array.of(np.repeat(random.normal(size=sequences), response), "float32"),
         )
@@ -74,7 +75,9 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.6b")
-    parser.add_argument("--tokens", type=int, default=520, help="of a sequence, the prompt's 8 included")
+    parser.add_argument("--tokens", type=int, default=520, help="of a sequence, the prompt's included")
+    parser.add_argument("--prompt-tokens", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8, help="sequences that have the same prompt")
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch")
     parser.add_argument("--updates", type=int, default=3)
@@ -82,7 +85,9 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, metavar="FILE", help="where the last variant's kernels go")
     arguments = parser.parse_args()
     ranks = join("cuda" if torch.cuda.is_available() else "cpu", 300.0, seed=0)
-    batch = random_batch(arguments.sequences, arguments.tokens, SHAPES[arguments.shape]["vocab_size"])
+    prompt = arguments.prompt_tokens
+    vocabulary = SHAPES[arguments.shape]["vocab_size"]
+    batch = random_batch(arguments.sequences, arguments.tokens, prompt, arguments.samples, vocabulary)
     result: dict[str, Any] = {"arguments": vars(arguments) | {"profile": str(arguments.profile)}, **machine_facts()}
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), SHAPES[arguments.shape])
@@ -91,7 +96,7 @@ def main() -> None:
             name, _, text = variant.partition("=")
             sections: dict[str, dict[str, Any]] = {
                 "model": {"path": directory, "enableGradientCheckpointing": False},
-                "data": {"maxPromptLength": PROMPT_TOKENS, "maxResponseLength": arguments.tokens - PROMPT_TOKENS},
+                "data": {"maxPromptLength": prompt, "maxResponseLength": arguments.tokens - prompt},
                 "actor": {"ppoMaxTokenLenPerGPU": arguments.budget},
             }
             for section, values in json.loads(text or "{}").items():

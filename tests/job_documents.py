@@ -280,6 +280,16 @@ CONTRADICTIONS = [
         "divisor of trainer.gpusPerNode",
     ),
     (["placement=Colocated", "trainer.gpusPerNode=8", "rollout.replicas=4"], "rollout.replicas", "Leave it out"),
+    (
+        ["actor.sharePrompts=true", "model.useRemovePadding=false"],
+        "actor.sharePrompts",
+        "Set model.useRemovePadding to true",
+    ),
+    (
+        ["actor.sharePrompts=true", "actor.ppoMicroBatchSizePerGPU=4"],
+        "actor.sharePrompts",
+        "or set actor.sharePrompts to false",
+    ),
     (["placement=Colocated", "network.weightSync=nccl"], "network.weightSync", "Set it to auto"),
     (["network.weightSync=ipc"], "network.weightSync", "Set it to auto"),
     (
@@ -288,6 +298,7 @@ CONTRADICTIONS = [
         "Lower rollout.minReplicas",
     ),
     (
+        ["actor.sharePrompts=true", "actor.ppoMaxTokenLenPerGPU=30000"],
         ["placement=Colocated", "trainer.gpusPerNode=2", "network.rolloutPort=65535"],
         "network.rolloutPort",
         "the last engine",
@@ -356,6 +367,7 @@ CONTRADICTIONS = [
 # Overrides of the sound document that leave it sound.
 GOOD = [
     ["placement=Colocated", "trainer.gpusPerNode=8", "rollout.tensorParallelSize=2", "rollout.minReplicas=4"],
+    ["actor.sharePrompts=true", "actor.ppoMaxTokenLenPerGPU=30000"],
     ["placement=Colocated", "trainer.gpusPerNode=2", "rollout.replicas=2", "network.weightSync=ipc"],
     ["placement=Colocated", "network.weightSync=store", "network.rolloutPort=65535"],
     ["trainer.nodes=2", "trainer.gpusPerNode=8", "actor.fsdp.shardSize=8"],

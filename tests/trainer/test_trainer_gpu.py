@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from test_trainer_shared_prompts import grouped
 from torch._dynamo.utils import counters
 from trainer_helpers import batch_message, options_for, plain_log_probs, save_tiny_model
 
@@ -85,6 +86,21 @@ def test_updates_compile_nothing_that_was_not_compiled_at_the_start(
         engine.updater.update(Sequences.of(batch_message(lengths, seed=step)), step)
     assert counters["stats"]["unique_graphs"] == compiled > 0
     engine.close()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_prompts_that_are_shared_change_nothing_but_rounding(tmp_path: Path, ranks: Ranks, compile: bool) -> None:
+    model, sequences = save_tiny_model(tmp_path / "model", **WIDE), grouped()
+    exact = plain_log_probs(model, sequences, 1.0)[0]
+    errors = {}
+    for share in (False, True):
+        options = options_for(model, device="cuda", model={"compile": compile}, actor={"sharePrompts": share})
+        engine = TrainerEngine(options, ranks)
+        found = compute_log_probs(engine.model, sequences, options, ranks, options.spec.rollout)[0]
+        errors[share] = float(np.abs(found - exact).mean())
+        assert engine.updater.update(sequences, 1)["actor/grad_norm"] > 0
+        engine.close()
+    assert errors[True] < 0.005 and errors[True] < 1.5 * errors[False], errors
 
 
 def test_float32_on_a_gpu_is_float32(tmp_path: Path, ranks: Ranks) -> None:

@@ -155,6 +155,12 @@ class Actor(Section):
         "auto: no forward pass before the update where a step is one update, whose own forward is that of the old policy "
         "(not with rolloutRs, rolloutIsBatchNormalize or useKLInReward); always: as verl does.",
     )
+    share_prompts: bool = field(
+        False,
+        "Compute a prompt once for all of its sequences in a micro-batch, which then hold a prompt's sequences together. It pays where prompts "
+        "are long beside responses. Where micro-batches are counted in tokens (ppoMaxTokenLenPerGPU).",
+        verl="actor.use_prefix_grouper",
+    )
     fsdp: ActorFSDP = field(ActorFSDP, "Sharding and offload.", verl="actor.fsdp_config")
 
     @property

@@ -326,6 +326,16 @@ RULES: tuple[Rule, ...] = (
         "Set it to auto.",
     ),
     Rule(
+        "actor.sharePrompts",
+        lambda s: (
+            s.actor.share_prompts
+            and (not s.model.use_remove_padding or s.actor.ppo_micro_batch_size_per_gpu is not None)
+        ),
+        "!self.actor.sharePrompts || (self.model.useRemovePadding && !has(self.actor.ppoMicroBatchSizePerGPU))",
+        "needs packed rows that are counted in tokens: model.useRemovePadding, and no actor.ppoMicroBatchSizePerGPU",
+        "Set model.useRemovePadding to true and leave actor.ppoMicroBatchSizePerGPU out, or set actor.sharePrompts to false.",
+    ),
+    Rule(
         "network.memberTimeoutSeconds",
         lambda s: s.network.member_timeout_seconds < 3 * s.network.heartbeat_seconds,
         "self.network.memberTimeoutSeconds >= 3.0 * self.network.heartbeatSeconds",

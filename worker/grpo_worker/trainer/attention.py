@@ -1,12 +1,14 @@
 """Causal attention over sequences packed into one row, as a Transformers attention function.
 
-Invariant: a token attends to the earlier tokens of its own sequence alone; neighbours in the row do not exist for it.
+Invariant: a token attends to the earlier tokens of its own sequence alone; neighbours in the row do not exist for it. Responses that share
+their prompt's tokens (`actor.sharePrompts`) are segments of their own, whose keys are the prompt's and theirs.
 On CUDA in half precision the variable-length flash kernel of PyTorch runs; elsewhere scaled_dot_product_attention
 runs on each sequence, or on all of them padded where little is padded. Padding goes to the right, so a causal mask
 suffices.
 """
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,17 +37,27 @@ def _varlen_arguments() -> dict[str, Any]:
 VARLEN_ARGUMENTS = _varlen_arguments()
 
 
-def attention_arguments(cu_seq_lens: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """What the model's forward passes through to each attention layer. cu_seq_lens: int32 [sequences + 1]."""
-    if cu_seq_lens.device.type == "cuda":
-        longest = max(lengths)
-        return {
-            "cu_seq_lens_q": cu_seq_lens,
-            "cu_seq_lens_k": cu_seq_lens,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
-    return {"sequence_lengths": lengths}
+@dataclass(frozen=True)
+class Segments:
+    """Neighbouring tokens of a row that are queries together. The last one sees all the segment's keys, the one before it all but one."""
+
+    lengths: tuple[int, ...]
+    cu_lengths: Tensor  # int32 [segments + 1]
+    key_lengths: tuple[int, ...]
+    cu_key_lengths: Tensor  # int32 [segments + 1]
+    key_index: Tensor | None  # int64 [keys]: places in the row; None: each segment's keys are its own tokens
+
+    def arguments(self) -> dict[str, Any]:
+        """What the model's forward passes through to each attention layer."""
+        own: dict[str, Any] = {} if self.key_index is None else {"key_index": self.key_index}
+        if self.cu_lengths.device.type == "cuda":
+            return own | {
+                "cu_seq_lens_q": self.cu_lengths,
+                "cu_seq_lens_k": self.cu_key_lengths,
+                "max_length_q": max(self.lengths),
+                "max_length_k": max(self.key_lengths),
+            }
+        return own | {"sequence_lengths": self.lengths, "key_lengths": self.key_lengths}
 
 
 def packed_attention(
@@ -57,38 +69,58 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
     sequence_lengths: tuple[int, ...] | None = None,
+    key_lengths: tuple[int, ...] | None = None,
+    key_index: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, tokens, head width], key and value [1, key-value heads, ...] -> [1, tokens, heads, head
     width].
     """
+    if key_index is not None:
+        key, value = key.index_select(2, key_index), value.index_select(2, key_index)
     if cu_seq_lens_q is not None and query.dtype in HALF_DTYPES and varlen_attn is not None:
-        assert max_length_q is not None
+        assert cu_seq_lens_k is not None and max_length_q is not None and max_length_k is not None
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         if "enable_gqa" not in VARLEN_ARGUMENTS and k.shape[1] != q.shape[1]:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         output = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **VARLEN_ARGUMENTS
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, **VARLEN_ARGUMENTS
         )
         assert isinstance(output, Tensor)
         return output.unsqueeze(0), None
     if sequence_lengths is None:
-        assert cu_seq_lens_q is not None
-        sequence_lengths = tuple(cu_seq_lens_q.diff().tolist())
+        assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
+        sequence_lengths, key_lengths = tuple(cu_seq_lens_q.diff().tolist()), tuple(cu_seq_lens_k.diff().tolist())
+    if key_index is not None:
+        assert key_lengths is not None
+        return _one_by_one(query, key, value, sequence_lengths, key_lengths, scaling), None
     padded = max(sequence_lengths) * len(sequence_lengths)
     if padded <= MAX_PADDING_RATIO * sum(sequence_lengths):
         return _padded(query, key, value, sequence_lengths, scaling), None
-    return _one_by_one(query, key, value, sequence_lengths, scaling), None
+    return _one_by_one(query, key, value, sequence_lengths, sequence_lengths, scaling), None
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None) -> Tensor:
-    pieces = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*pieces, strict=True)
-    ]
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    scaling: float | None,
+) -> Tensor:
+    outputs = []
+    pieces = (tensor.split(key_lengths, dim=2) for tensor in (key, value))
+    for q, k, v in zip(query.split(lengths, dim=2), *pieces, strict=True):
+        queries, keys = q.shape[2], k.shape[2]
+        before = keys - queries
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(before) if before else None
+        outputs.append(
+            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not before, scale=scaling, enable_gqa=True)
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

@@ -4,7 +4,7 @@ Invariant: a response token's log-prob is read at the position before it; every 
 into the message's flat response arrays, so results return to their places whatever the packing was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import Array, TrainBatch
+from grpo_worker.trainer.attention import Segments
 
 RESPONSE_FIELDS = (
     "response_mask", "old_log_probs", "rollout_log_probs", "ref_log_probs", "advantages", "is_weights",
@@ -42,6 +43,10 @@ class Sequences:
     @property
     def lengths(self) -> list[int]:
         return (self.prompt_lengths + self.response_lengths).tolist()
+
+    def prompt(self, i: int) -> np.ndarray:
+        start = self.token_offsets[i]
+        return self.token_ids[start : start + self.prompt_lengths[i]]
 
     @classmethod
     def of(cls, batch: TrainBatch) -> "Sequences":
@@ -96,7 +101,7 @@ class MicroBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None  # padded only, 1 at real tokens
-    cu_seq_lens: torch.Tensor | None  # packed only, int32 [sequences + 1]
+    segments: Segments | None  # packed only
     lengths: tuple[int, ...]  # tokens of each sequence
     predict_index: torch.Tensor  # int64 [response tokens]: flat position whose hidden state predicts the token
     targets: torch.Tensor  # int64 [response tokens]
@@ -104,14 +109,15 @@ class MicroBatch:
     response_index: np.ndarray  # int64 [response tokens]: place in the message's flat response arrays
     empty: bool = False  # padding: its loss is zero
 
-    @property
-    def tokens(self) -> int:
-        return 0 if self.empty else sum(self.lengths)
 
-
-def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: torch.device) -> MicroBatch:
+def collate(
+    sequences: Sequences, members: Sequence[int], packed: bool, device: torch.device, share_prompts: bool = False
+) -> MicroBatch:
     """The micro-batch of `members`. An empty list makes a two-token stand-in, so that this rank joins the
     collectives.
+
+    Args:
+        share_prompts: of packed neighbours with the same prompt the prompt is there once.
     """
     if not len(members):
         ids = [np.array([0, 0], dtype=np.int32)]
@@ -122,24 +128,24 @@ def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: 
         spans = [np.arange(sequences.response_offsets[i], sequences.response_offsets[i + 1]) for i in members]
         response_index = np.concatenate(spans)
     lengths = [len(row) for row in ids]
-    width = max(lengths)
-    starts = _offsets(np.array(lengths)) if packed else np.arange(len(lengths) + 1) * width
-    predict = np.concatenate(
-        [starts[s] + np.arange(p - 1, n - 1) for s, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True))]
-    )
     targets = np.concatenate([row[p:] for row, p in zip(ids, prompt_lengths, strict=True)])
     seq_ids = np.repeat(np.arange(len(lengths)), [n - p for p, n in zip(prompt_lengths, lengths, strict=True)])
 
+    row = None
     if packed:
-        input_ids = np.concatenate(ids)[None]
-        position_ids = np.concatenate([np.arange(n) for n in lengths])[None]
+        row = _Row(ids, prompt_lengths, _runs(ids, prompt_lengths) if share_prompts else [[i] for i in range(len(ids))])
+        input_ids, position_ids, predict = row.input_ids[None], row.position_ids[None], row.predict
         attention_mask = None
     else:
+        width = max(lengths)
+        predict = np.concatenate(
+            [s * width + np.arange(p - 1, n - 1) for s, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True))]
+        )
         input_ids = np.zeros((len(ids), width), dtype=np.int64)
         attention_mask = np.zeros((len(ids), width), dtype=np.int64)
-        for row, values in enumerate(ids):
-            input_ids[row, : len(values)] = values
-            attention_mask[row, : len(values)] = 1
+        for number, values in enumerate(ids):
+            input_ids[number, : len(values)] = values
+            attention_mask[number, : len(values)] = 1
         position_ids = np.broadcast_to(np.arange(width), input_ids.shape)
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -149,7 +155,7 @@ def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: 
         input_ids=put(input_ids),
         position_ids=put(position_ids),
         attention_mask=None if attention_mask is None else put(attention_mask),
-        cu_seq_lens=put(starts, torch.int32) if packed else None,
+        segments=None if row is None else row.segments(put),
         lengths=tuple(lengths),
         predict_index=put(predict),
         targets=put(targets),
@@ -157,6 +163,77 @@ def collate(sequences: Sequences, members: Sequence[int], packed: bool, device: 
         response_index=response_index,
         empty=not len(members),
     )
+
+
+def neighbours_with_one_prompt(sequences: Sequences, members: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """`members` in runs that have the same prompt, each of at most `max_tokens` with the prompt counted once."""
+    runs: list[list[int]] = []
+    tokens = 0
+    for i in members:
+        prompt, response = int(sequences.prompt_lengths[i]), int(sequences.response_lengths[i])
+        same = bool(runs) and np.array_equal(sequences.prompt(runs[-1][-1]), sequences.prompt(i))
+        if same and tokens + response <= max_tokens:
+            runs[-1].append(i)
+            tokens += response
+        else:
+            runs.append([i])
+            tokens = prompt + response
+    return runs
+
+
+def _runs(ids: list[np.ndarray], prompt_lengths: list[int]) -> list[list[int]]:
+    """Numbers of neighbours whose prompts are equal."""
+    runs: list[list[int]] = []
+    for number, (tokens, prompt) in enumerate(zip(ids, prompt_lengths, strict=True)):
+        last = runs[-1][-1] if runs else None
+        if last is not None and np.array_equal(ids[last][: prompt_lengths[last]], tokens[:prompt]):
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+class _Row:
+    """Sequences packed into one row; of those in a run the first one's prompt serves all, as a segment before them."""
+
+    def __init__(self, ids: list[np.ndarray], prompt_lengths: list[int], runs: list[list[int]]) -> None:
+        self._pieces: list[np.ndarray] = []
+        self._keys: list[np.ndarray] = []  # of each segment
+        self._end = 0
+        self._shares = len(runs) < len(ids)
+        positions, predict = [], []
+        for run in runs:
+            prompt = prompt_lengths[run[0]]
+            before = np.arange(self._end, self._end + prompt)  # where the prompt is, in either case
+            if len(run) > 1:
+                self._segment(ids[run[0]][:prompt], np.arange(0))
+                positions.append(np.arange(prompt))
+            for number in run:
+                tokens = ids[number]
+                first = self._end + (prompt if len(run) == 1 else 0)  # of the response
+                if len(run) == 1:
+                    self._segment(tokens, np.arange(0))
+                    positions.append(np.arange(len(tokens)))
+                else:
+                    self._segment(tokens[prompt:], before)
+                    positions.append(np.arange(prompt, len(tokens)))
+                predict.append(np.concatenate([before[-1:], np.arange(first, first + len(tokens) - prompt - 1)]))
+        self.input_ids = np.concatenate(self._pieces)
+        self.position_ids, self.predict = np.concatenate(positions), np.concatenate(predict)
+
+    def _segment(self, tokens: np.ndarray, before: np.ndarray) -> None:
+        """At the end of the row; its keys are those `before` and its own."""
+        self._pieces.append(tokens)
+        self._keys.append(np.concatenate([before, np.arange(self._end, self._end + len(tokens))]))
+        self._end += len(tokens)
+
+    def segments(self, put: Callable[..., torch.Tensor]) -> Segments:
+        lengths, key_lengths = (tuple(map(len, parts)) for parts in (self._pieces, self._keys))
+        cu_lengths = put(_offsets(np.array(lengths)), torch.int32)
+        if not self._shares:
+            return Segments(lengths, cu_lengths, lengths, cu_lengths, None)
+        cu_keys = put(_offsets(np.array(key_lengths)), torch.int32)
+        return Segments(lengths, cu_lengths, key_lengths, cu_keys, put(np.concatenate(self._keys)))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -69,8 +69,8 @@ class PolicyModel(nn.Module):
 
     def forward(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         if self.packed:
-            assert batch.cu_seq_lens is not None
-            arguments = attention.attention_arguments(batch.cu_seq_lens, batch.lengths)
+            assert batch.segments is not None
+            arguments = batch.segments.arguments()
             arguments["position_ids"] = batch.position_ids
         else:
             arguments = {"attention_mask": batch.attention_mask}

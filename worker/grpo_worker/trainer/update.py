@@ -9,7 +9,7 @@ Sequences whose gradient is exactly zero are counted and not computed.
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +25,14 @@ from grpo_worker.algorithms.losses import POLICY_LOSSES, PolicyLoss, PolicyLossI
 from grpo_worker.config.actor import Ref
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.errors import DataError
-from grpo_worker.trainer.batch import MicroBatch, Sequences, collate, stand_in, to_device
+from grpo_worker.trainer.batch import MicroBatch, Sequences, collate, neighbours_with_one_prompt, stand_in, to_device
 from grpo_worker.trainer.distributed import Ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from grpo_worker.trainer.learning_rate import learning_rate
 from grpo_worker.trainer.mfu import ModelFlops, device_peak, parity_tokens
 from grpo_worker.trainer.model import PolicyModel, set_reductions
 from grpo_worker.trainer.optimizer import PolicyOptimizer
 from grpo_worker.trainer.options import TrainerOptions
-from grpo_worker.trainer.packing import PackingPlan, packing_efficiency, plan_micro_batches, rank_imbalance
+from grpo_worker.trainer.packing import packing_efficiency, plan_micro_batches, rank_imbalance
 
 GIB = 1024**3
 # Prompt and response. Compiled code takes any number of tokens; only a number that kernels are aligned to would get code of its own.
@@ -58,9 +58,10 @@ def compute_log_probs(
     result = torch.zeros(2, sequences.response_tokens)
     budget = limits.log_prob_max_token_len_per_gpu or options.spec.actor.token_budget
     parity = parity_tokens(ModelFlops.of(model.lm))
-    plan = _plan(sequences.lengths, ranks, parity, budget, limits.log_prob_micro_batch_size_per_gpu)
+    members = range(sequences.count)
+    plan = _Plan(sequences, members, options, ranks, parity, budget, limits.log_prob_micro_batch_size_per_gpu)
     with torch.no_grad():
-        for batch in _micro_batches(sequences, plan, list(range(sequences.count)), options, ranks):
+        for batch in plan.micro_batches():
             log_probs, entropy = model(batch, options.spec.rollout.temperature)
             if not batch.empty:
                 result[:, torch.from_numpy(batch.response_index)] = torch.stack([log_probs, entropy]).cpu()
@@ -163,10 +164,18 @@ class Updater:
             return
         lengths = [sequences.lengths[i] for i in computing]
         parity = parity_tokens(self.flops)
-        plan = _plan(lengths, self.ranks, parity, actor.token_budget, actor.ppo_micro_batch_size_per_gpu)
+        plan = _Plan(
+            sequences,
+            computing,
+            self.options,
+            self.ranks,
+            parity,
+            actor.token_budget,
+            actor.ppo_micro_batch_size_per_gpu,
+        )
         whole, part = (self._normalizer(sequences, some) for some in (members, computing))
-        for number, batch in enumerate(_micro_batches(sequences, plan, computing, self.options, self.ranks), 1):
-            set_reductions(self.model, self.ranks.mesh, actor.fsdp, last=number == plan.micro_batches)
+        for number, batch in enumerate(plan.micro_batches(), 1):
+            set_reductions(self.model, self.ranks.mesh, actor.fsdp, last=number == plan.packing.micro_batches)
             self._forward_backward(batch, sequences, whole, part, sums)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
@@ -178,9 +187,9 @@ class Updater:
             facts["flops"].append(self.flops.training(lengths))
         facts["timing_s/trainer_forward_backward"].append(computed - started)
         facts["timing_s/trainer_optimizer"].append(time.perf_counter() - computed)
-        facts["perf/micro_batches"].append(plan.micro_batches)
-        facts["perf/packing_efficiency"].append(packing_efficiency(plan, lengths, actor.token_budget))
-        facts["perf/rank_imbalance"].append(rank_imbalance(plan, lengths, parity))
+        facts["perf/micro_batches"].append(plan.packing.micro_batches)
+        facts["perf/packing_efficiency"].append(packing_efficiency(plan.packing, plan.lengths, actor.token_budget))
+        facts["perf/rank_imbalance"].append(rank_imbalance(plan.packing, plan.lengths, parity))
 
     def _trained(self, sequences: Sequences) -> np.ndarray:
         """Which sequences have to be computed, bool [sequences]: not those whose every term of the loss has no gradient.
@@ -327,16 +336,37 @@ def memory_metrics(ranks: Ranks) -> dict[str, float]:
     return dict(zip(names, worst, strict=False))
 
 
-def _micro_batches(
-    sequences: Sequences, plan: PackingPlan, members: list[int], options: TrainerOptions, ranks: Ranks
-) -> Iterator[MicroBatch]:
-    for indices in plan.ranks[ranks.rank]:
-        yield collate(sequences, [members[i] for i in indices], options.spec.model.use_remove_padding, ranks.device)
+class _Plan:
+    """Which of `members` are computed together: `fixed` of them when that is given, else up to `max_tokens`."""
 
+    def __init__(
+        self,
+        sequences: Sequences,
+        members: Sequence[int],
+        options: TrainerOptions,
+        ranks: Ranks,
+        parity: float,
+        max_tokens: int,
+        fixed: int | None,
+    ) -> None:
+        self._sequences, self._options, self._ranks = sequences, options, ranks
+        self._share = options.spec.actor.share_prompts and fixed is None
+        # What stays together, and how many tokens that is.
+        self._items = (
+            neighbours_with_one_prompt(sequences, members, max_tokens) if self._share else [[i] for i in members]
+        )
+        self.lengths = [
+            int(sequences.prompt_lengths[item[0]] + sequences.response_lengths[item].sum()) for item in self._items
+        ]
+        budget = None if fixed else max_tokens
+        self.packing = plan_micro_batches(self.lengths, ranks.world_size, budget, fixed, parity)
 
-def _plan(lengths: list[int], ranks: Ranks, parity: float, max_tokens: int, sequences: int | None) -> PackingPlan:
-    """Micro-batches of `sequences` when that is given, else of up to `max_tokens`."""
-    return plan_micro_batches(lengths, ranks.world_size, None if sequences else max_tokens, sequences, parity)
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Of this rank."""
+        packed, device = self._options.spec.model.use_remove_padding, self._ranks.device
+        for items in self.packing.ranks[self._ranks.rank]:
+            together = [i for item in items for i in self._items[item]]
+            yield collate(self._sequences, together, packed, device, self._share)
 
 
 def _metric_name(name: str) -> str:
