@@ -35,7 +35,7 @@ def network_policy(job: Job, settings: Settings) -> dict[str, Any]:
         ingress.append(
             {
                 "from": [{"namespaceSelector": {"matchExpressions": [namespaces]}}],
-                "ports": _tcp(*sorted({ports.coordinator, ports.trainer, ports.rollout})),
+                "ports": _tcp(*sorted({ports.coordinator, ports.trainer, *ports.engines})),
             }
         )
     return {

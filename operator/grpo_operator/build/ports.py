@@ -21,15 +21,20 @@ class Ports:
     rollout: int = 7604
     engines_of_a_node: int = 0  # in a trainer's pod: the next ports are theirs
 
+    @property
+    def engines(self) -> list[int]:
+        """Of the engines of one pod."""
+        return [self.rollout + index for index in range(self.engines_of_a_node or 1)]
+
     def of_role(self, role: Role) -> dict[str, int]:
         """Port numbers of one role's pods by name (at most 15 characters, RFC 6335)."""
         if role is Role.COORDINATOR:
             return {"coordinator": self.coordinator}
         if role is Role.ROLLOUT:
             return {"rollout": self.rollout}
-        engines = {
-            f"rollout-{index}" if index else "rollout": self.rollout + index for index in range(self.engines_of_a_node)
-        }
+        engines = {}
+        if self.engines_of_a_node:
+            engines = {f"rollout-{index}" if index else "rollout": port for index, port in enumerate(self.engines)}
         return {"trainer": self.trainer, "weight-sync": self.weight_sync, "rendezvous": self.rendezvous, **engines}
 
 

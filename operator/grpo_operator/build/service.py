@@ -13,6 +13,11 @@ from grpo_operator.labels import Role, member_name, service_name
 
 def service(job: Job) -> dict[str, Any]:
     ports = ports_of(job)
+    # A Service has each number and each name once; servers of different pods may share a number, a colocated node's pod has engines' too.
+    names: dict[int, str] = {}
+    for role in Role:
+        for name, port in ports.of_role(role).items():
+            names.setdefault(port, name)
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -22,9 +27,7 @@ def service(job: Job) -> dict[str, Any]:
             "publishNotReadyAddresses": True,
             "selector": selector(job),
             "ports": [
-                {"name": name, "port": port, "targetPort": port, "protocol": "TCP"}
-                for role in Role
-                for name, port in ports.of_role(role).items()
+                {"name": name, "port": port, "targetPort": port, "protocol": "TCP"} for port, name in names.items()
             ],
         },
     }

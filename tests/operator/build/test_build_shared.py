@@ -107,6 +107,24 @@ def test_names_resolve_before_pods_are_ready() -> None:
     }  # fmt: skip
 
 
+COLOCATED = {"placement": "Colocated", "trainer": {"nodes": 2, "gpusPerNode": 4}, "rollout": {"tensorParallelSize": 2}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (COLOCATED, {7600: "coordinator", 7601: "trainer", 7602: "weight-sync", 7603: "rendezvous", 7604: "rollout", 7605: "rollout-1"}),
+        ({"network": {"coordinatorPort": 7601}}, {7601: "coordinator", 7602: "weight-sync", 7603: "rendezvous", 7604: "rollout"}),
+        ({"network": {"coordinatorPort": 9000, "rolloutPort": 9000}}, {9000: "coordinator", 7601: "trainer", 7602: "weight-sync", 7603: "rendezvous"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_service_has_each_port_and_each_name_once(spec: dict[str, Any], expected: dict[int, str]) -> None:
+    ports = shared_of("Service", spec)["spec"]["ports"]
+    assert {port["port"]: port["name"] for port in ports} == expected
+    assert len(ports) == len(expected) == len({port["name"] for port in ports})
+
+
 def test_the_secret_holds_the_token() -> None:
     secret = shared_of("Secret")
     assert secret["metadata"]["name"] == "demo-token"
@@ -132,6 +150,8 @@ def test_scrapers_reach_the_ports_that_serve_metrics() -> None:
     settings = Settings(worker_image="x", metrics_namespaces=("monitoring",))
     *_, scrape = shared_of("NetworkPolicy", settings=settings)["spec"]["ingress"]
     assert [port["port"] for port in scrape["ports"]] == [7600, 7601, 7604]
+    *_, of_nodes = shared_of("NetworkPolicy", COLOCATED, settings)["spec"]["ingress"]
+    assert [port["port"] for port in of_nodes["ports"]] == [7600, 7601, 7604, 7605]
     (values,) = [one["values"] for one in scrape["from"][0]["namespaceSelector"]["matchExpressions"]]
     assert values == ["monitoring"]
 
