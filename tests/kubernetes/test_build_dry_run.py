@@ -69,6 +69,13 @@ EVERYTHING: dict[str, Any] = {
         "schedulerName": "other",
     },
 }  # fmt: skip
+COLOCATED = {
+    "placement": "Colocated",
+    "trainer": {"nodes": 2, "gpusPerNode": 8},
+    "rollout": {"tensorParallelSize": 2},
+    "runtime": {"workspace": WORKSPACE},
+}
+SAME_PORTS = {**CPU, "network": {"coordinatorPort": 7601, "rolloutPort": 7602}}  # of different pods
 RDMA = {**EVERYTHING, "network": {"rdma": {"resource": "rdma/hca_shared", "count": 4}, "socketInterface": "eth0"}}
 
 
@@ -113,7 +120,9 @@ def dry_run(control_plane: ControlPlane, manifest: dict[str, Any], *how: str) ->
     return control_plane.kubectl(*how, "--dry-run=server", "--validate=strict", "-f", "-", input_text=text)
 
 
-@pytest.mark.parametrize("spec", [CPU, EVERYTHING], ids=["cpu", "everything"])
+@pytest.mark.parametrize(
+    "spec", [CPU, EVERYTHING, COLOCATED, SAME_PORTS], ids=["cpu", "everything", "colocated", "ports"]
+)
 def test_a_restricted_namespace_takes_everything_that_is_built(
     control_plane: ControlPlane, guarded: str, spec: dict[str, Any]
 ) -> None:
