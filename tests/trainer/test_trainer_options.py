@@ -34,6 +34,22 @@ def test_what_the_document_leaves_open_follows_from_the_device() -> None:
     assert (on_gpu.compute_dtype, on_gpu.compile, on_gpu.chunk_tokens) == (torch.bfloat16, True, 4096)
 
 
+@pytest.mark.parametrize(
+    ("spec", "device", "groups"),
+    [
+        ({}, "cuda", True),
+        ({}, "cpu", False),
+        ({"network": {"weightSync": "store"}}, "cuda", False),
+        ({"network": {"weightSync": "nccl"}}, "cpu", True),
+        ({"placement": "Colocated"}, "cpu", True),
+    ],
+)
+def test_the_trainer_opens_a_meeting_point_where_weights_may_go_over_a_group(
+    spec: dict[str, Any], device: str, groups: bool
+) -> None:
+    assert TrainerOptions.of(job(runtime={"device": device}, **spec).spec, {}).may_group is groups
+
+
 def test_what_the_document_says_comes_before_the_device() -> None:
     spec = job(
         model={"path": "/models/tiny", "dtype": "float32", "compile": False, "headChunkSize": 64},

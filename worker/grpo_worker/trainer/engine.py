@@ -102,7 +102,7 @@ class TrainerEngine:
             self.store,
             self.weights,
             options.advertised_host,
-            meeting_host="" if spec.weight_transport == "store" else options.host,
+            meeting_host=options.host if options.may_group else "",
         )
         self.shards = ShardStore(
             self.model,

@@ -73,6 +73,12 @@ class TrainerOptions:
         return self.device == "cuda" if chosen is None else chosen
 
     @property
+    def may_group(self) -> bool:
+        """Whether weights may go to engines over a group, not by the store alone."""
+        transport = self.spec.weight_transport
+        return self.device == "cuda" if transport == "auto" else transport != "store"
+
+    @property
     def chunk_tokens(self) -> int:
         """Tokens whose logits exist at a time."""
         return self.spec.model.head_chunk_size or DEFAULT_CHUNK_TOKENS[self.device]
