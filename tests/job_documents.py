@@ -298,7 +298,6 @@ CONTRADICTIONS = [
         "Lower rollout.minReplicas",
     ),
     (
-        ["actor.sharePrompts=true", "actor.ppoMaxTokenLenPerGPU=30000"],
         ["placement=Colocated", "trainer.gpusPerNode=2", "network.rolloutPort=65535"],
         "network.rolloutPort",
         "the last engine",
