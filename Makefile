@@ -27,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/grpo demo run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -n 2 --no-loadscope-reorder --durations 20
+	$(BIN)/python -m pytest tests --durations 20
 
 # The first time some minutes to build Kubernetes and the images; kept in $(CACHE).
 e2e: $(STAMP)
