@@ -41,8 +41,7 @@ from grpo_worker.trainer.distributed import Ranks, broadcast_bytes, join, leave,
 from grpo_worker.trainer.engine import TrainerEngine
 from grpo_worker.trainer.failures import OperationRefused
 from grpo_worker.trainer.main import run_rank
-from grpo_worker.trainer.model import build_policy
-from grpo_worker.trainer.publish import tensor_specs
+from grpo_worker.trainer.model import build_policy, tensor_specs
 from grpo_worker.weightsync.broadcast import WeightDigest, WeightGroup
 
 LENGTHS = [(5, 7), (3, 20), (10, 4), (6, 6), (2, 1), (4, 11), (8, 3), (1, 9)]

@@ -41,9 +41,8 @@ def document(job: Job) -> dict[str, Any]:
         "rolloutPort": ports.rollout,
     }
     if spec["runtime"]["device"] == "auto" and asks_for_gpus(spec_of(job)):
-        spec["runtime"]["device"] = (
-            "cuda"  # a pod that was given a GPU and cannot use it says so: it does not train on the CPU
-        )
+        # A pod that was given a GPU and cannot use it says so: it does not train on the CPU.
+        spec["runtime"]["device"] = "cuda"
     metadata = {"name": job.name, "namespace": job.namespace}
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 

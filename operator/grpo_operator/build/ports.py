@@ -32,9 +32,8 @@ class Ports:
             return {"coordinator": self.coordinator}
         if role is Role.ROLLOUT:
             return {"rollout": self.rollout}
-        engines = {}
-        if self.engines_of_a_node:
-            engines = {f"rollout-{index}" if index else "rollout": port for index, port in enumerate(self.engines)}
+        own = self.engines[: self.engines_of_a_node]
+        engines = {f"rollout-{index}" if index else "rollout": port for index, port in enumerate(own)}
         return {"trainer": self.trainer, "weight-sync": self.weight_sync, "rendezvous": self.rendezvous, **engines}
 
 

@@ -4,6 +4,7 @@ Invariant: a response token's log-prob is read at the position before it; every 
 into the message's flat response arrays, so results return to their places whatever the packing was.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -133,7 +134,13 @@ def collate(
 
     row = None
     if packed:
-        row = _Row(ids, prompt_lengths, _runs(ids, prompt_lengths) if share_prompts else [[i] for i in range(len(ids))])
+        runs = (
+            neighbours_with_one_prompt(sequences, members)
+            if share_prompts and len(members)
+            else [[i] for i in members or [0]]
+        )
+        numbers = iter(range(len(ids)))
+        row = _Row(ids, prompt_lengths, [[next(numbers) for _ in run] for run in runs])
         input_ids, position_ids, predict = row.input_ids[None], row.position_ids[None], row.predict
         attention_mask = None
     else:
@@ -165,7 +172,9 @@ def collate(
     )
 
 
-def neighbours_with_one_prompt(sequences: Sequences, members: Sequence[int], max_tokens: int) -> list[list[int]]:
+def neighbours_with_one_prompt(
+    sequences: Sequences, members: Sequence[int], max_tokens: int = sys.maxsize
+) -> list[list[int]]:
     """`members` in runs that have the same prompt, each of at most `max_tokens` with the prompt counted once."""
     runs: list[list[int]] = []
     tokens = 0
@@ -181,18 +190,6 @@ def neighbours_with_one_prompt(sequences: Sequences, members: Sequence[int], max
     return runs
 
 
-def _runs(ids: list[np.ndarray], prompt_lengths: list[int]) -> list[list[int]]:
-    """Numbers of neighbours whose prompts are equal."""
-    runs: list[list[int]] = []
-    for number, (tokens, prompt) in enumerate(zip(ids, prompt_lengths, strict=True)):
-        last = runs[-1][-1] if runs else None
-        if last is not None and np.array_equal(ids[last][: prompt_lengths[last]], tokens[:prompt]):
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
-
-
 class _Row:
     """Sequences packed into one row; of those in a run the first one's prompt serves all, as a segment before them."""
 
@@ -200,24 +197,20 @@ class _Row:
         self._pieces: list[np.ndarray] = []
         self._keys: list[np.ndarray] = []  # of each segment
         self._end = 0
-        self._shares = len(runs) < len(ids)
         positions, predict = [], []
         for run in runs:
             prompt = prompt_lengths[run[0]]
-            before = np.arange(self._end, self._end + prompt)  # where the prompt is, in either case
-            if len(run) > 1:
-                self._segment(ids[run[0]][:prompt], np.arange(0))
-                positions.append(np.arange(prompt))
+            places = np.arange(self._end, self._end + prompt)
+            shared = prompt if len(run) > 1 else 0  # tokens that are a segment of their own
+            if shared:
+                self._segment(ids[run[0]][:shared], places[:0])
+                positions.append(np.arange(shared))
             for number in run:
                 tokens = ids[number]
-                first = self._end + (prompt if len(run) == 1 else 0)  # of the response
-                if len(run) == 1:
-                    self._segment(tokens, np.arange(0))
-                    positions.append(np.arange(len(tokens)))
-                else:
-                    self._segment(tokens[prompt:], before)
-                    positions.append(np.arange(prompt, len(tokens)))
-                predict.append(np.concatenate([before[-1:], np.arange(first, first + len(tokens) - prompt - 1)]))
+                first = self._end + prompt - shared  # of the response
+                self._segment(tokens[shared:], places[:shared])
+                positions.append(np.arange(shared, len(tokens)))
+                predict.append(np.concatenate([places[-1:], np.arange(first, first + len(tokens) - prompt - 1)]))
         self.input_ids = np.concatenate(self._pieces)
         self.position_ids, self.predict = np.concatenate(positions), np.concatenate(predict)
 
@@ -230,7 +223,7 @@ class _Row:
     def segments(self, put: Callable[..., torch.Tensor]) -> Segments:
         lengths, key_lengths = (tuple(map(len, parts)) for parts in (self._pieces, self._keys))
         cu_lengths = put(_offsets(np.array(lengths)), torch.int32)
-        if not self._shares:
+        if key_lengths == lengths:
             return Segments(lengths, cu_lengths, lengths, cu_lengths, None)
         cu_keys = put(_offsets(np.array(key_lengths)), torch.int32)
         return Segments(lengths, cu_lengths, key_lengths, cu_keys, put(np.concatenate(self._keys)))

@@ -8,6 +8,7 @@ are the checkpoint's.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,9 @@ from grpo_worker.trainer.batch import MicroBatch
 from grpo_worker.trainer.loading import load_shards, without_weights
 from grpo_worker.trainer.logprobs import EAGER, ChunkKernels, chunked_log_probs
 from grpo_worker.trainer.options import TrainerOptions
+from grpo_worker.weightsync.broadcast import buckets
+from grpo_worker.weightsync.manifest import TensorSpec
+from grpo_worker.weightsync.snapshot import dtype_name
 
 PREFIX = "lm."
 GATHER_BYTES = 64 << 20
@@ -222,8 +226,9 @@ def gathered_parameters(model: PolicyModel, dtype: torch.dtype, device: torch.de
     Neighbours are gathered together, while those before them are used: a collective for each tensor costs more than its bytes.
     """
     under_way: Gather | None = None
-    for neighbours in _neighbours(model, dtype):
-        following = Gather(neighbours, dtype, device)
+    parameters = named_parameters(model)
+    for bucket in buckets(tensor_specs(model, dtype), GATHER_BYTES):
+        following = Gather(list(islice(parameters, len(bucket))), dtype, device)
         if under_way is not None:
             yield from under_way.tensors()
         under_way = following
@@ -231,18 +236,8 @@ def gathered_parameters(model: PolicyModel, dtype: torch.dtype, device: torch.de
         yield from under_way.tensors()
 
 
-def _neighbours(model: PolicyModel, dtype: torch.dtype) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """As many as fit in `GATHER_BYTES`; a larger one alone."""
-    together: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in named_parameters(model):
-        its_own = parameter.numel() * dtype.itemsize
-        if together and size + its_own > GATHER_BYTES:
-            yield together
-            together, size = [], 0
-        together.append((name, parameter))
-        size += its_own
-    yield together
+def tensor_specs(model: PolicyModel, dtype: torch.dtype) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(p.shape), dtype_name(dtype)) for name, p in named_parameters(model)]
 
 
 class Gather:
@@ -250,7 +245,9 @@ class Gather:
 
     def __init__(self, parameters: list[tuple[str, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> None:
         self._parameters, self._dtype, self._device = parameters, dtype, device
-        self._group = _shard_mesh(parameters[0][1]).get_group()
+        first = parameters[0][1]
+        assert isinstance(first, DTensor)
+        self._group = first.device_mesh["shard"].get_group()  # of the ranks that share one copy of the model
         self._ranks = dist.get_world_size(self._group)
         if self._ranks == 1:
             return
@@ -281,9 +278,3 @@ def _shard(parameter: nn.Parameter) -> Tensor:
     tensor = parameter.detach()
     assert isinstance(tensor, DTensor)
     return tensor.to_local()
-
-
-def _shard_mesh(parameter: nn.Parameter) -> DeviceMesh:
-    """Of the ranks that share one copy of the model."""
-    assert isinstance(parameter, DTensor)
-    return parameter.device_mesh["shard"]

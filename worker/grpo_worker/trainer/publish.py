@@ -18,12 +18,12 @@ from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import ErrorReply, GroupPlace, PublishReply, PublishRequest
 from grpo_worker.trainer.distributed import Ranks, broadcast_bytes
 from grpo_worker.trainer.failures import OperationRefused, as_error
-from grpo_worker.trainer.model import PolicyModel, gathered_parameters, named_parameters
+from grpo_worker.trainer.model import PolicyModel, gathered_parameters, tensor_specs
 from grpo_worker.weightsync.broadcast import GroupMember, WeightGroupError, digest_of, open_meeting_point
 from grpo_worker.weightsync.channels import physical
-from grpo_worker.weightsync.manifest import TensorSpec, VersionNotHeldError
+from grpo_worker.weightsync.manifest import VersionNotHeldError
 from grpo_worker.weightsync.server import WeightServer
-from grpo_worker.weightsync.snapshot import SnapshotStore, SnapshotWriter, dtype_name
+from grpo_worker.weightsync.snapshot import SnapshotStore, SnapshotWriter
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +114,6 @@ class Publisher:
         if refusal:
             raise OperationRefused(as_error(codec.decode(refusal, ErrorReply)))
         return writer
-
-
-def tensor_specs(model: PolicyModel, dtype: torch.dtype) -> list[TensorSpec]:
-    return [TensorSpec(name, tuple(p.shape), dtype_name(dtype)) for name, p in named_parameters(model)]
 
 
 def _written(tensors: Iterator[tuple[str, torch.Tensor]], writer: SnapshotWriter) -> Iterator[tuple[str, torch.Tensor]]:
