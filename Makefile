@@ -62,6 +62,7 @@ gpu-smoke:
 generated: $(STAMP)
 	$(BIN)/grpo crd > crds/grpojobs.grpo.dev.yaml
 	$(BIN)/grpo docs > docs/configuration.md
+	$(BIN)/grpo docs metrics > docs/metrics.md
 	cp crds/grpojobs.grpo.dev.yaml charts/grpo-operator/files/crds/
 
 # Newest versions that pyproject.toml allows, with hashes.

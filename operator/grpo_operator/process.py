@@ -21,7 +21,7 @@ from grpo_operator.control.execute import Executor
 from grpo_operator.control.health import Vitals, make_app
 from grpo_operator.control.kubernetes_events import EventRecorder
 from grpo_operator.control.lease import Lease, LeaseLost
-from grpo_operator.control.metrics import JobCollector, JobView, OperatorMetrics, WatchCollector
+from grpo_operator.control.metrics import JobView, OperatorMetrics
 from grpo_operator.control.read_job import read_job
 from grpo_operator.control.read_pod import read_pod
 from grpo_operator.control.reconciler import Reconciler
@@ -34,6 +34,7 @@ from grpo_operator.handlers import SELECTOR, WatchThread
 from grpo_operator.labels import Role
 from grpo_operator.planning.plan import plan
 from grpo_operator.settings import Settings
+from grpo_worker.catalogue import Number
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Process:
         self._settings = settings
         self._token_key = token_key
         self._namespaces = settings.namespaces or ("",)
-        self._metrics = OperatorMetrics()
+        self._metrics = OperatorMetrics(self._views)
         self._watches = Watches()
         self._store = Store(read_job, read_pod)
         self._queue: WorkQueue[Key] = WorkQueue()
@@ -86,7 +87,7 @@ class Process:
         ):
             self._reports = reports
             self._lease = Lease(api, self._settings.lease_namespace, self._settings.lease_name, identity)
-            self._add_gauges()
+            self._metrics.ask(self._gauges)
             await self._check_cluster(api)
             server = await self._serve()
             watch_thread = self._watch_thread = WatchThread(self._settings.namespaces, self._deliver)
@@ -291,24 +292,21 @@ class Process:
                 report = None if self._reports is None else self._reports.newest(job.uid)
                 yield JobView(job, self._store.pods(job), report)
 
-    def _add_gauges(self) -> None:
-        gauge = self._metrics.gauge
-        gauge("grpo_operator_leader", "1 while this operator leads.", lambda: float(self._may_write()))
-        gauge("grpo_operator_workqueue_depth", "Jobs that wait for a worker.", lambda: float(len(self._queue)))
-        gauge(
-            "grpo_operator_workqueue_oldest_seconds",
-            "How long the longest waiting job waits for a worker.",
-            lambda: self._vitals().queue_oldest_seconds,
-        )
-        gauge(
-            "grpo_operator_watch_overdue_seconds",
-            "Age of the oldest change that a watch has not told of; 0 when none is missing.",
-            self._watches.overdue_seconds,
-        )
-        gauge("grpo_operator_jobs", "Known GRPOJobs.", lambda: float(self._store.count()[0]))
-        gauge("grpo_operator_pods", "Known pods of GRPOJobs.", lambda: float(self._store.count()[1]))
-        self._metrics.registry.register(WatchCollector(self._watches.last_event_seconds))
-        self._metrics.registry.register(JobCollector(self._views))
+    def _gauges(self) -> Iterator[Number]:
+        """Asked at each scrape."""
+        jobs, pods = self._store.count()
+        numbers = {
+            "leader": self._may_write(),
+            "workqueue_depth": len(self._queue),
+            "workqueue_oldest_seconds": self._vitals().queue_oldest_seconds,
+            "watch_overdue_seconds": self._watches.overdue_seconds(),
+            "jobs": jobs,
+            "pods": pods,
+        }
+        for name, value in numbers.items():
+            yield f"grpo_operator_{name}", (), float(value)
+        for resource, when in self._watches.last_event_seconds.items():
+            yield "grpo_operator_watch_last_event_timestamp_seconds", (resource,), when
 
 
 def _explain(error: ApiError, server: str) -> str:

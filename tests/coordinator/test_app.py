@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 from coordinator_helpers import TOKEN, Engine, World, world
 
+from grpo_worker.config import Spec
 from grpo_worker.coordinator.app import make_app, serve
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.errors import ConfigError
@@ -16,13 +17,14 @@ from grpo_worker.protocol.auth import authorization
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 
 pytestmark = pytest.mark.asyncio
+SPEC = Spec.model_validate({"model": {"path": "m"}, "data": {"trainFiles": ["t"]}})
 
 
 @asynccontextmanager
 async def coordinator(here: World, token: str = TOKEN) -> AsyncIterator[tuple[str, list[str]]]:
     """Its URL, and the stop requests that it was sent."""
     stops: list[str] = []
-    progress = Progress("job", "life", here.members, here.weights, 2)
+    progress = Progress("job", SPEC, "life", here.members, here.weights)
 
     def reply(beat: Heartbeat) -> HeartbeatReply:
         return HeartbeatReply(incarnation="life", policy_version=here.weights.version, max_staleness=0)
@@ -122,7 +124,7 @@ async def test_a_port_in_use_names_the_field() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         async with world() as here:
-            app = make_app(TOKEN, here.members, Progress("j", "i", here.members, here.weights, 1), None, None)  # type: ignore[arg-type]
+            app = make_app(TOKEN, here.members, Progress("j", SPEC, "i", here.members, here.weights), None, None)  # type: ignore[arg-type]
             with pytest.raises(ConfigError, match=rf"network\.coordinatorPort: cannot listen on 127\.0\.0\.1:{port}"):
                 await serve(app, "127.0.0.1", port)
 

@@ -10,6 +10,7 @@ import torch
 from replica_helpers import CONTEXT, VOCABULARY, Replica, Trainer, client, request_of, until, weights
 from test_rollout_engine import assert_serves, sync
 
+from grpo_worker.catalogue import entries
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.messages import Array, ErrorReply, GenerateRequest, GroupResult, PromptRequest
 
@@ -236,7 +237,10 @@ def test_metrics_are_vllms_and_ours_in_one_page(replica: Replica, trainer: Train
     assert float(values['grpo_rollout_errors_total{kind="token_out_of_range"}']) >= 1
     assert float(values["grpo_rollout_weight_sync_bytes_total"]) > 0
     assert float(values['grpo_rollout_weight_sync_seconds_count{part="pause"}']) >= 1
-    assert any(name.startswith("vllm:generation_tokens_total") for name in values)
+    exposed = {name.partition("{")[0] for name in values}
+    ours = {name for name, entry in entries("rollout").items() if entry.kind != "histogram"}
+    assert (ours | set(entries("vllm"))) - exposed == {"grpo_rollout_weight_sync_failures_total"} - exposed
+    assert float(values["grpo_rollout_busy_seconds_total"]) > 0
 
 
 @pytest.mark.kills_the_engine

@@ -1,6 +1,7 @@
 """A whole run with `rollout.agent`: two turns with an observation between them, through a real engine and a real trainer."""
 
 import pytest
+from metric_names import unlisted
 from run_helpers import Run, Workspace
 
 AGENT = '''
@@ -36,6 +37,7 @@ def test_an_agents_observations_are_context_and_not_trained_on(workspace: Worksp
         assert run.finish() == 0, run.output()
     metrics = [line for line in run.lines("metrics.jsonl") if line["step"] > 0]
     assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert unlisted(run.lines("metrics.jsonl")) == set()
     for line in metrics:
         assert line["agent/turns/min"] == line["agent/turns/max"] == 2
         assert line["agent/observed_tokens/min"] == line["agent/observed_tokens/max"] == len(HINT)

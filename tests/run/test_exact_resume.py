@@ -4,6 +4,7 @@ store, over a group, or through memory that trainer and engine share."""
 from pathlib import Path
 
 import torch
+from metric_names import unlisted
 from run_helpers import Run, Workspace, repeatable
 from safetensors.torch import load_file
 
@@ -43,6 +44,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> 
     assert resumed.lines("ledger.jsonl") == whole.lines("ledger.jsonl")
     metrics = repeatable(whole.lines("metrics.jsonl"))
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert unlisted(whole.lines("metrics.jsonl") + resumed.lines("metrics.jsonl")) == set()
     assert any(line["actor/grad_norm"] > 0 for line in metrics), "nothing was learnt, so nothing was compared"
     assert repeatable(resumed.lines("metrics.jsonl")) == metrics
     last = whole.checkpoints()[-1]

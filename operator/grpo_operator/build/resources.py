@@ -40,10 +40,15 @@ def devices(spec: Spec, role: Role) -> dict[str, str]:
     return wanted
 
 
+def gpus(spec: Spec, role: Role) -> int:
+    """That one pod asks for."""
+    return int(cores(resources(spec, role).get("limits", {}).get(GPU, "0")))
+
+
 def asks_for_gpus(spec: Spec) -> bool:
     """Whether every pod that computes gets GPUs."""
     roles = [Role.TRAINER] + [Role.ROLLOUT] * (spec.rollout_pods > 0)
-    return all(str(resources(spec, role).get("limits", {}).get(GPU, "0")) != "0" for role in roles)
+    return all(gpus(spec, role) > 0 for role in roles)
 
 
 def capabilities(spec: Spec, role: Role) -> dict[str, list[str]]:

@@ -8,16 +8,16 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from grpo_operator import clock
+from grpo_operator.build.resources import gpus
 from grpo_operator.facts import Job, Pod, Report
+from grpo_operator.labels import Role
+from grpo_worker.catalogue import Declared, Number
+from grpo_worker.config.status import Failure
 
-RECONCILE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 REASONS_TOLD_APART = 200  # a process names its own reason when it ends
-FIRST_STEP_BUCKETS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
 
 @dataclass(frozen=True)
@@ -30,45 +30,26 @@ class JobView:
 
 
 class OperatorMetrics:
-    """The operator's own."""
+    """The operator's own, and those of its jobs."""
 
-    def __init__(self) -> None:
+    def __init__(self, views: Callable[[], Iterable[JobView]]) -> None:
+        """`views`: the jobs that exist, at each scrape."""
         self.registry = CollectorRegistry()
         self._reasons: set[str] = set()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.reconciles = self._counter("grpo_operator_reconcile", "Reconciles by result (success, error).", "result")
-        self.reconcile_seconds = Histogram(
-            "grpo_operator_reconcile_duration_seconds",
-            "Time of one reconcile, with its requests.",
-            buckets=RECONCILE_BUCKETS,
-            registry=self.registry,
-        )
-        self.api_requests = self._counter(
-            "grpo_operator_api_requests", "Requests to the API server by answer (code none: no answer).",
-            "verb", "resource", "code",
-        )  # fmt: skip
-        self.watch_events = self._counter(
-            "grpo_operator_watch_events", "Events that came through the watches.", "resource"
-        )
-        self.polls = self._counter("grpo_operator_status_polls", "Questions for a coordinator's status.", "result")
-        self.restarts = self._counter(
-            "grpo_job_restarts", "Failures of pods that were acted on.", "role", "reason", "action", "counted"
-        )
-        self.finished = self._counter("grpo_job_finished", "Jobs that ended.", "result")
-        self.first_step_seconds = Histogram(
-            "grpo_job_time_to_first_step_seconds",
-            "From the first start of a job to its first finished step.",
-            buckets=FIRST_STEP_BUCKETS,
-            registry=self.registry,
-        )
-
-    def _counter(self, name: str, text: str, *names: str) -> Counter:
-        return Counter(name, text, names, registry=self.registry)
-
-    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is asked at each scrape."""
-        Gauge(name, text, registry=self.registry).set_function(value)
+        own, failures = Declared("operator", self.registry), Declared("failures", self.registry)
+        Declared("jobs", self.registry).ask(lambda: (number for view in views() for number in job_numbers(view)))
+        self.ask = own.ask
+        self.reconciles = own.counter("grpo_operator_reconcile_total")
+        self.reconcile_seconds = own.histogram("grpo_operator_reconcile_duration_seconds")
+        self.api_requests = own.counter("grpo_operator_api_requests_total")
+        self.watch_events = own.counter("grpo_operator_watch_events_total")
+        self.polls = own.counter("grpo_operator_status_polls_total")
+        self.restarts = failures.counter("grpo_job_restarts_total")
+        self.lost_gpu_seconds = failures.counter("grpo_job_lost_gpu_seconds_total")
+        self.finished = failures.counter("grpo_job_finished_total")
+        self.first_step_seconds = failures.histogram("grpo_job_time_to_first_step_seconds")
 
     def count_request(self, verb: str, resource: str, code: str) -> None:
         self.api_requests.labels(verb, resource, code).inc()
@@ -76,11 +57,14 @@ class OperatorMetrics:
     def count_change(self, before: Job, after: Job) -> None:
         """What the step from one status to the next says."""
         known = {(failure.pod_uid, failure.time) for failure in before.status.failures or ()}
-        for failure in after.status.failures or ():
-            if (failure.pod_uid, failure.time) not in known:
-                counted = "true" if failure.counted else "false"
-                reason = self._bounded(failure.reason or "")
-                self.restarts.labels(failure.role or "", reason, failure.action or "", counted).inc()
+        new = [each for each in after.status.failures or () if (each.pod_uid, each.time) not in known]
+        lost = 0.0  # once, of whatever ended together
+        for failure in sorted(new, key=lambda failure: failure.time or ""):
+            counted = "true" if failure.counted else "false"
+            reason = self._bounded(failure.reason or "")
+            self.restarts.labels(failure.role or "", reason, failure.action or "", counted).inc()
+            if not lost and (lost := lost_gpu_seconds(before, failure)):
+                self.lost_gpu_seconds.labels(failure.role or "", reason).inc(lost)
         for result in ("Succeeded", "Failed"):
             if _is_true(after, result) and not _is_true(before, result):
                 self.finished.labels(result).inc()
@@ -96,97 +80,69 @@ class OperatorMetrics:
         return reason
 
 
-class WatchCollector(Collector):
-    """Freshness by watched resource."""
-
-    def __init__(self, last_event_seconds: dict[str, float]) -> None:
-        self._last = last_event_seconds
-
-    def collect(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily(
-            "grpo_operator_watch_last_event_timestamp_seconds",
-            "When a watch last delivered an event.",
-            labels=["resource"],
-        )
-        for resource, when in self._last.items():
-            family.add_metric([resource], when)
-        yield family
-
-
-class JobCollector(Collector):
-    """Gauges of the jobs that `views` yields at a scrape."""
-
-    def __init__(self, views: Callable[[], Iterable[JobView]]) -> None:
-        self._views = views
-
-    def collect(self) -> Iterator[Metric]:
-        names = ["namespace", "job"]
-        info = GaugeMetricFamily("grpo_job_info", "1 for each GRPOJob.", labels=[*names, "model", "state"])
-        condition = GaugeMetricFamily(
-            "grpo_job_condition", "1 for the status that a condition has.", labels=[*names, "type", "status"]
-        )
-        pods = GaugeMetricFamily("grpo_job_pods", "Pods of a job.", labels=[*names, "role", "phase"])
-        numbers = {
-            name: GaugeMetricFamily(name, text, labels=names)
-            for name, text in {
-                "grpo_job_step": "Finished steps.",
-                "grpo_job_total_steps": "Steps of the whole run.",
-                "grpo_job_epoch": "Passes over the training prompts.",
-                "grpo_job_reward": "Mean reward of the last step.",
-                "grpo_job_accuracy": "pass@1 of the last validation.",
-                "grpo_job_policy_version": "Version of the trainer's weights.",
-                "grpo_job_rollout_version": "Lowest version of weights in service.",
-                "grpo_job_rollout_staleness_steps": "Mean age in steps of the samples trained on.",
-                "grpo_job_tokens_per_second": "Throughput of the last step.",
-                "grpo_job_last_progress_timestamp_seconds": "When the last step finished.",
-                "grpo_job_checkpoint_step": "Step of the newest complete checkpoint.",
-                "grpo_job_last_checkpoint_timestamp_seconds": "When the newest checkpoint was complete.",
-                "grpo_job_attempt": "Generation of the coordinator and trainer pods.",
-                "grpo_job_counted_restarts": "Counted restarts in the job's life.",
-            }.items()
-        }
-        for view in self._views():
-            job, status = view.job, view.job.status
-            names_of = [job.namespace, job.name]
-            info.add_metric([*names_of, _model(job), status.state or "Pending"], 1)
-            for entry in status.conditions or ():
-                condition.add_metric([*names_of, entry.type, entry.status], 1)
-            for (role, phase), count in Tally((pod.role.value, pod.phase) for pod in view.pods).items():
-                pods.add_metric([*names_of, role, phase], count)
-            for name, value in _values(view).items():
-                if value is not None:
-                    numbers[name].add_metric(names_of, value)
-        yield from (info, condition, pods, *numbers.values())
+def job_numbers(view: JobView) -> Iterator[Number]:
+    """Gauges of a job; what is not known is absent."""
+    job, status = view.job, view.job.status
+    of_job = (job.namespace, job.name)
+    yield "grpo_job_info", (*of_job, _model(job), status.state or "Pending"), 1
+    for entry in status.conditions or ():
+        yield "grpo_job_condition", (*of_job, entry.type, entry.status), 1
+    for (role, phase), count in Tally((pod.role.value, pod.phase) for pod in view.pods).items():
+        yield "grpo_job_pods", (*of_job, role, phase), count
+    for name, value in _values(view).items():
+        if value is not None:
+            yield f"grpo_job_{name}", of_job, value
 
 
 def _values(view: JobView) -> dict[str, float | None]:
-    status = view.job.status
-    progress, checkpoints = status.progress, status.checkpoints
+    spec, status = view.job.spec, view.job.status
+    progress, checkpoints, budget = status.progress, status.checkpoints, status.budget
     staleness = view.report.document.get("staleness") if view.report is not None else None
     mean = staleness.get("mean") if isinstance(staleness, dict) else None
     values: dict[str, float | None] = {
-        "grpo_job_attempt": status.attempt,
-        "grpo_job_counted_restarts": status.restarts,
-        "grpo_job_rollout_staleness_steps": mean if isinstance(mean, float) else None,
+        "attempt": status.attempt,
+        "counted_restarts": status.restarts,
+        "budget_restarts": budget.counted if budget is not None else None,
+        "rollout_staleness_steps": mean if isinstance(mean, float) else None,
+        "report_timestamp_seconds": view.report.read.timestamp() if view.report is not None else None,
     }
+    if spec is not None:
+        holding = [pod for pod in view.pods if pod.scheduled and not pod.over]
+        values |= {"gpus": sum(gpus(spec, pod.role) for pod in holding)}
+        values |= {"max_restarts": spec.failure_policy.max_restarts}
+        if spec.rollout_pods:
+            ready = sum(pod.role is Role.ROLLOUT and pod.ready and not pod.over for pod in view.pods)
+            values |= {"rollouts_ready": ready, "rollouts_min": spec.rollout.min_replicas or spec.rollout_pods}
     if progress is not None:
         values |= {
-            "grpo_job_step": progress.step,
-            "grpo_job_total_steps": progress.total_steps,
-            "grpo_job_epoch": progress.epoch,
-            "grpo_job_reward": progress.reward,
-            "grpo_job_accuracy": progress.accuracy,
-            "grpo_job_policy_version": progress.policy_version,
-            "grpo_job_rollout_version": progress.rollout_version,
-            "grpo_job_tokens_per_second": progress.tokens_per_second,
-            "grpo_job_last_progress_timestamp_seconds": _unix(progress.last_progress_time),
+            "step": progress.step,
+            "total_steps": progress.total_steps,
+            "epoch": progress.epoch,
+            "eta_seconds": progress.eta_seconds,
+            "reward": progress.reward,
+            "accuracy": progress.accuracy,
+            "policy_version": progress.policy_version,
+            "rollout_version": progress.rollout_version,
+            "tokens_per_second": progress.tokens_per_second,
+            "last_progress_timestamp_seconds": _unix(progress.last_progress_time),
         }
     if checkpoints is not None:
         values |= {
-            "grpo_job_checkpoint_step": checkpoints.last_step,
-            "grpo_job_last_checkpoint_timestamp_seconds": _unix(checkpoints.time),
+            "checkpoint_step": checkpoints.last_step,
+            "last_checkpoint_timestamp_seconds": _unix(checkpoints.time),
         }
     return values
+
+
+def lost_gpu_seconds(job: Job, failure: Failure) -> float:
+    """GPU seconds of work since the last checkpoint, or the start, that went with the set; 0 where one pod was replaced."""
+    if job.spec is None or failure.action in (None, "RestartPod"):
+        return 0.0
+    checkpoints, end = job.status.checkpoints, _unix(failure.time)
+    kept = [_unix(time) for time in (job.status.start_time, checkpoints.time if checkpoints else None)]
+    since = max((time for time in kept if time is not None), default=None)
+    held = job.spec.trainer.nodes * gpus(job.spec, Role.TRAINER) + job.spec.rollout_pods * gpus(job.spec, Role.ROLLOUT)
+    return 0.0 if since is None or end is None else max(0.0, end - since) * held
 
 
 def _is_true(job: Job, condition: str) -> bool:

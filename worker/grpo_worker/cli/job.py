@@ -20,7 +20,10 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     validate.set_defaults(function=_validate)
     crd = commands.add_parser("crd", help="print the CustomResourceDefinition")
     crd.set_defaults(function=_crd)
-    docs = commands.add_parser("docs", help="print the configuration reference (Markdown)")
+    docs = commands.add_parser("docs", help="print a reference (Markdown)")
+    docs.add_argument(
+        "of", nargs="?", choices=["configuration", "metrics"], default="configuration", help="default: configuration"
+    )
     docs.set_defaults(function=_docs)
 
 
@@ -37,6 +40,7 @@ def _crd(options: argparse.Namespace) -> None:
 
 
 def _docs(options: argparse.Namespace) -> None:
+    from grpo_worker import catalogue
     from grpo_worker.config.reference import reference_markdown
 
-    print(reference_markdown(), end="")
+    print(catalogue.reference() if options.of == "metrics" else reference_markdown(), end="")

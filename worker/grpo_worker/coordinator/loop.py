@@ -131,7 +131,6 @@ class TrainingLoop:
         self._collector.trained(self._step)
         metrics |= report.metrics() | group_metrics(batch, self._step - 1) | extra_reward_metrics(batch.ready)
         metrics |= counts.metrics() | memory
-        parts.progress.failed_samples(counts.kinds)
         if self._due(self._spec.checkpoint.save_freq):
             with timer.part("save_checkpoint"):
                 await self._save(self._unsaved)
@@ -142,7 +141,7 @@ class TrainingLoop:
             credited.experience, {**timer.seconds, "step": timer.elapsed()}, self._gpus()
         ) | parts.startup.first_step(timer)
         await self._log_step()
-        parts.progress.stepped(self._step, schedule.last_version, self._epoch(), metrics, len(batch.ready))
+        parts.progress.stepped(self._step, schedule.last_version, self._epoch(), metrics)
         parts.progress.redispatched(self._collector.dispatcher.redispatched - self._redispatched)
         self._redispatched = self._collector.dispatcher.redispatched
         return True
@@ -251,6 +250,7 @@ class TrainingLoop:
         self._logged_step = self._step
         self._metrics["epoch"] = self._epoch()
         await self._parts.log.metrics(self._step, self._metrics)
+        await asyncio.to_thread(self._parts.progress.measure_disks)
 
     def _state(self) -> RunState:
         """What a resumed coordinator needs."""

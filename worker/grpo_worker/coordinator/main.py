@@ -75,7 +75,15 @@ class Coordinator:
                 startup_seconds=self._spec.failure_policy.startup_timeout_seconds,
             )
             self._progress = Progress(
-                self._job.name, self._incarnation, self._members, self._weights, self._spec.trainer.total_epochs
+                self._job.name,
+                self._spec,
+                self._incarnation,
+                self._members,
+                self._weights,
+                {
+                    "run": self._directory.root,
+                    "checkpoints": self._directory.checkpoints(self._spec.checkpoint.path),
+                },
             )
             outside = Outside(
                 client,

@@ -3,19 +3,23 @@
 Invariant: counters count events once, at the place where they end; labels have a fixed, small set of values.
 """
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY
 
-REQUESTS = Counter("grpo_rollout_requests", "Generate requests that were answered, whole or in part.")
-GENERATED_TOKENS = Counter("grpo_rollout_generated_tokens", "Tokens in delivered samples.")
-ERRORS = Counter("grpo_rollout_errors", "Prompts and requests answered with an error.", ["kind"])
-WEIGHT_VERSION = Gauge(
-    "grpo_rollout_weight_version", "Version of the weights that the engine serves; -1 when it has none."
-)
-WEIGHT_SYNC_SECONDS = Histogram(
-    "grpo_rollout_weight_sync_seconds",
-    "Time of a weight sync, by part.",
-    ["part"],
-    buckets=(0.05, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
-)
-WEIGHT_SYNC_BYTES = Counter("grpo_rollout_weight_sync_bytes", "Bytes of weights that were pulled and verified.")
-WEIGHT_SYNC_FAILURES = Counter("grpo_rollout_weight_sync_failures", "Weight syncs that failed.", ["reason"])
+from grpo_worker.catalogue import Declared
+
+SHOWN = Declared("rollout", REGISTRY)
+REQUESTS = SHOWN.counter("grpo_rollout_requests_total")
+GENERATED_TOKENS = SHOWN.counter("grpo_rollout_generated_tokens_total")
+ERRORS = SHOWN.counter("grpo_rollout_errors_total")
+BUSY_SECONDS = SHOWN.counter("grpo_rollout_busy_seconds_total")
+WEIGHT_SYNC_SECONDS = SHOWN.histogram("grpo_rollout_weight_sync_seconds")
+WEIGHT_SYNC_BYTES = SHOWN.counter("grpo_rollout_weight_sync_bytes_total")
+WEIGHT_SYNC_FAILURES = SHOWN.counter("grpo_rollout_weight_sync_failures_total")
+
+
+def serving(version: int | None) -> None:
+    """The engine's weights are of this version; None: it has none."""
+    SHOWN.set("grpo_rollout_weight_version", -1 if version is None else version)
+
+
+serving(None)

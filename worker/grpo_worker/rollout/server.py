@@ -94,7 +94,7 @@ class RolloutServer:
             log.error("weight sync to version %d failed: %s", message.version, error)
             raise
         finally:
-            metrics.WEIGHT_VERSION.set(-1 if self._engine.weight_version is None else self._engine.weight_version)
+            metrics.serving(self._engine.weight_version)
         metrics.WEIGHT_SYNC_BYTES.inc(reply.bytes)
         for part in ("pull", "apply", "pause", "total"):
             metrics.WEIGHT_SYNC_SECONDS.labels(part).observe(getattr(reply, f"{part}_seconds"))

@@ -8,9 +8,12 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from grpo_worker.rollout import metrics
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +94,14 @@ class EngineThread:
         return bool(core.scheduler.has_requests() or core.batch_queue)
 
     def _step(self) -> None:
+        began = time.monotonic()
         try:
             if outputs := self.engine.step():
                 self._take(outputs)
         except BaseException as error:
             log.exception("the engine failed in a step")
             self.fail(error)
+        metrics.BUSY_SECONDS.inc(time.monotonic() - began)
 
     def fail(self, error: BaseException) -> None:
         """The engine is of no use any more. From any thread."""
