@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 LOCK := $(shell cat constraints/cpu.txt Makefile 2>/dev/null | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.ready-$(LOCK)
 
-SOURCES := operator worker tests benchmarks e2e
+SOURCES := operator worker tests benchmarks e2e charts
 LOCK_FLAGS := --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-emit-index-url --no-annotate
 
 .PHONY: demo test e2e cluster cluster-down lint format bench gpu-smoke generated lock clean
@@ -43,7 +43,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases -p e2e.cluster -p e2e.scenarios
+	$(BIN)/mypy --explicit-package-bases -p e2e.cluster -p e2e.scenarios -p charts.dashboards
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 
@@ -63,6 +63,7 @@ generated: $(STAMP)
 	$(BIN)/grpo crd > crds/grpojobs.grpo.dev.yaml
 	$(BIN)/grpo docs > docs/configuration.md
 	$(BIN)/grpo docs metrics > docs/metrics.md
+	$(BIN)/python -m charts.dashboards
 	cp crds/grpojobs.grpo.dev.yaml charts/grpo-operator/files/crds/
 
 # Newest versions that pyproject.toml allows, with hashes.

@@ -62,6 +62,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         namespaces=_names(options.namespaces),
         operator_namespace=options.operator_namespace,
         metrics_namespaces=_names(options.metrics_namespaces),
+        scrape_annotations=options.scrape_annotations,
         metrics_port=options.metrics_port,
         lease_namespace=options.lease_namespace or options.operator_namespace,
         lease_name=options.lease_name,
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics-port", type=int, default=8080, help="port of /metrics, /healthz and /readyz (default: %(default)s)")
     add("--operator-namespace", default="grpo-system", help="where this operator runs (default: %(default)s)")
     add("--metrics-namespaces", default="", metavar="A,B", help="namespaces that may scrape the pods of jobs")
+    add("--scrape-annotations", action="store_true", help="prometheus.io/scrape and so on, on the pods of jobs")
     add("--lease-namespace", default="", help="default: the operator's namespace")
     add("--lease-name", default="grpo-operator", help="default: %(default)s")
     add("--workers", type=_positive(int), default=8, help="jobs worked on at a time (default: %(default)s)")

@@ -15,6 +15,7 @@ class Settings:
     namespaces: tuple[str, ...] = ()  # watched; empty: all
     operator_namespace: str = "grpo-system"  # job NetworkPolicies admit the operator from here
     metrics_namespaces: tuple[str, ...] = ()  # may scrape the pods of jobs
+    scrape_annotations: bool = False  # on the pods of jobs, for a Prometheus without PodMonitors
     metrics_port: int = 8080
     lease_namespace: str = "grpo-system"
     lease_name: str = "grpo-operator"

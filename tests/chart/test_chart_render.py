@@ -1,5 +1,6 @@
 """Each switch of the chart does what values.yaml says, and nothing else."""
 
+import json
 import subprocess
 from typing import Any
 
@@ -192,7 +193,7 @@ def test_the_network_policy_can_be_left_out(chart: Chart) -> None:
 
 
 def test_monitors_are_off_unless_asked_for(chart: Chart) -> None:
-    assert not {"ServiceMonitor", "PodMonitor"} & {document["kind"] for document in chart.render()}
+    assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule"} & {document["kind"] for document in chart.render()}
 
 
 def test_monitors_carry_the_labels_that_a_prometheus_selects(chart: Chart) -> None:
@@ -201,13 +202,61 @@ def test_monitors_carry_the_labels_that_a_prometheus_selects(chart: Chart) -> No
     service = one(documents, "ServiceMonitor", "grpo-operator")
     pods = one(documents, "PodMonitor", "grpo-operator-jobs")
     assert service["metadata"]["labels"]["release"] == pods["metadata"]["labels"]["release"] == "prometheus"
-    assert service["spec"]["endpoints"] == [{"port": "metrics", "interval": "5s"}]
-    assert [endpoint["port"] for endpoint in pods["spec"]["podMetricsEndpoints"]] == [
-        "coordinator",
-        "trainer",
-        "rollout",
-    ]
+    assert service["spec"]["endpoints"] == [{"port": "metrics", "interval": "5s", "honorLabels": True}]
+    endpoints = {endpoint["port"]: endpoint for endpoint in pods["spec"]["podMetricsEndpoints"]}
+    assert list(endpoints) == ["coordinator", "trainer", "rollout", *(f"rollout-{engine}" for engine in range(1, 16))]
+    for port, endpoint in endpoints.items():
+        targets = {rule["targetLabel"]: rule for rule in endpoint["relabelings"]}
+        assert targets["role"]["replacement"] == port.partition("-")[0]
+        assert targets["grpojob"]["sourceLabels"] == ["__meta_kubernetes_pod_label_grpo_dev_job"]
+        assert targets["index"]["sourceLabels"] == ["__meta_kubernetes_pod_label_grpo_dev_index"]
+        assert endpoint["interval"] == "5s"
     assert pods["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_rules_are_the_alerts_with_the_place_of_their_runbooks(chart: Chart) -> None:
+    rules = {"enabled": True, "labels": {"release": "prometheus"}}
+    plain = of_kind(chart.render({"metrics": {"rules": rules}}), "PrometheusRule")
+    assert all(rule["metadata"]["labels"]["release"] == "prometheus" for rule in plain)
+    written = {file.stem: yaml.safe_load(file.read_text()) for file in (CHART / "files" / "alerts").iterdir()}
+    assert {rule["metadata"]["name"].removeprefix("grpo-operator-"): rule["spec"] for rule in plain} == written
+    placed = chart.render({"metrics": {"rules": rules | {"runbookUrl": "https://wiki.example/grpo/"}}})
+    urls = {
+        rule["alert"]: rule["annotations"]["runbook_url"]
+        for document in of_kind(placed, "PrometheusRule")
+        for group in document["spec"]["groups"]
+        for rule in group["rules"]
+    }
+    assert urls
+    assert all(url == f"https://wiki.example/grpo/{alert}.md" for alert, url in urls.items())
+
+
+def test_each_dashboard_is_a_config_map_for_grafanas_sidecar(chart: Chart) -> None:
+    dashboards = {"enabled": True, "annotations": {"grafana_folder": "GRPO"}}
+    documents = chart.render({"metrics": {"dashboards": dashboards}})
+    files = {file.name: file.read_text() for file in (CHART / "files" / "dashboards").iterdir()}
+    found = {}
+    for document in of_kind(documents, "ConfigMap"):
+        assert document["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert document["metadata"]["annotations"]["grafana_folder"] == "GRPO"
+        assert len(json.dumps(document)) < 1 << 20, "what an object may be"
+        found |= document["data"]
+    assert found == files
+    assert not of_kind(chart.render(), "ConfigMap")
+
+
+def test_without_monitors_pods_can_be_annotated(chart: Chart) -> None:
+    documents = chart.render({"metrics": {"annotations": True}})
+    annotations = operator_pod(documents)["metadata"]["annotations"]
+    assert {key: annotations[f"prometheus.io/{key}"] for key in ("scrape", "port", "path")} == {
+        "scrape": "true",
+        "port": "8080",
+        "path": "/metrics",
+    }
+    assert "--scrape-annotations" in operator_pod(documents)["spec"]["containers"][0]["args"]
+    plain = operator_pod(chart.render())
+    assert not [key for key in plain["metadata"]["annotations"] if key.startswith("prometheus.io/")]
+    assert "--scrape-annotations" not in plain["spec"]["containers"][0]["args"]
 
 
 def test_a_pod_monitor_that_no_job_would_let_in_is_refused(chart: Chart) -> None:

@@ -82,7 +82,7 @@ def test_what_a_job_holds_and_needs() -> None:
     assert job.spec is not None
     found = scrape(OperatorMetrics(lambda: [JobView(job, pods(job.spec), Report("p", NOW, {}))]))  # type: ignore[arg-type]
     labels = {"namespace": "team", "grpojob": "j1"}
-    expected = {"gpus": 2 * 8 + 8 * 2, "rollouts_ready": 8, "rollouts_min": 6, "step": 7, "eta_seconds": 60, "max_restarts": 5,
+    expected = {"gpus": 2 * 8 + 8 * 2, "rollouts_ready": 8, "rollouts_min": 6, "step": 7, "eta_seconds": 60, "max_restarts": 5, "stall_timeout_seconds": 3600,
                 "budget_restarts": 1, "report_timestamp_seconds": NOW.timestamp(), "checkpoint_step": 5,
                 "last_checkpoint_timestamp_seconds": NOW.timestamp() + 300}  # fmt: skip
     assert {name: found[f"grpo_job_{name}"] for name in expected} == {

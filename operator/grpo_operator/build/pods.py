@@ -37,6 +37,10 @@ def pod(job: Job, role: Role, index: int, status: GRPOJobStatus, settings: Setti
         CONFIG: config_hash(job),
     }
     metadata["annotations"] = {"kubectl.kubernetes.io/default-container": CONTAINER}
+    if settings.scrape_annotations and _serves(role, index):
+        port = next(iter(ports_of(job).of_pod(role, index).values()))
+        scrape = {"scrape": "true", "port": str(port), "path": "/metrics"}
+        metadata["annotations"] |= {f"prometheus.io/{key}": value for key, value in scrape.items()}
     manifest: dict[str, Any] = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -81,7 +85,7 @@ def _worker(
         "env": environment(job, role, index, status),
         "ports": [
             {"name": name, "containerPort": port, "protocol": "TCP"}
-            for name, port in ports_of(job).of_role(role).items()
+            for name, port in ports_of(job).of_pod(role, index).items()
         ],
         "resources": resources(spec, role),
         "securityContext": {
@@ -95,7 +99,7 @@ def _worker(
     }
     if sources := environment_from(job):
         container["envFrom"] = sources
-    if role is not Role.TRAINER or index == 0:  # the other trainer nodes serve nothing
+    if _serves(role, index):
         container["readinessProbe"] = {
             "httpGet": {"path": READINESS[role], "port": next(iter(ports_of(job).of_role(role)))},
             "periodSeconds": 5,
@@ -103,6 +107,11 @@ def _worker(
             "failureThreshold": 3,
         }
     return container
+
+
+def _serves(role: Role, index: int) -> bool:
+    """Whether its first port answers probes and scrapers: of the trainers, rank 0 alone has a server."""
+    return role is not Role.TRAINER or index == 0
 
 
 def _command(spec: Spec, role: Role) -> str:

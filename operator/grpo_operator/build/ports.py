@@ -36,6 +36,14 @@ class Ports:
         engines = {f"rollout-{index}" if index else "rollout": port for index, port in enumerate(own)}
         return {"trainer": self.trainer, "weight-sync": self.weight_sync, "rendezvous": self.rendezvous, **engines}
 
+    def of_pod(self, role: Role, index: int) -> dict[str, int]:
+        """Those that the pod listens on: the trainer's servers, and where ranks meet, are on its first node."""
+        return {
+            name: port
+            for name, port in self.of_role(role).items()
+            if role is not Role.TRAINER or index == 0 or name.startswith("rollout")
+        }
+
 
 def ports_of(job: Job) -> Ports:
     spec, usual = spec_of(job), Ports()

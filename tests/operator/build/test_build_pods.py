@@ -1,5 +1,6 @@
 """What each field of the document makes of a pod."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_who_serves_is_probed(role: Role, index: int, path: str | None) -> None:
     worker = worker_of(pod_of({"trainer": {"nodes": 2}}, role, index))
     probe = worker.get("readinessProbe", {}).get("httpGet", {})
     assert probe.get("path") == path
-    assert probe.get("port") in (None, worker["ports"][0]["name"])
+    assert [probe["port"]] == list(ports_of_worker({"spec": {"containers": [worker]}}))[:1] if path else not probe
     assert not {"livenessProbe", "startupProbe", "lifecycle"} & set(worker)
 
 
@@ -298,10 +299,10 @@ def test_a_colocated_node_is_one_container_with_the_nodes_gpus_and_a_port_for_ea
     worker, variables = worker_of(pod), env_of(pod)
     assert worker["command"] == ["grpo-worker", "node", "--job", "/etc/grpo/job.yaml"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == "8"
-    ports = {port["name"]: port["containerPort"] for port in worker["ports"]}
-    assert ports == {
-        "trainer": 7601, "weight-sync": 7606, "rendezvous": 7603, "rollout": 7607, "rollout-1": 7608, "rollout-2": 7609, "rollout-3": 7610,
-    }  # fmt: skip
+    engines = {"rollout": 7607, "rollout-1": 7608, "rollout-2": 7609, "rollout-3": 7610}
+    assert ports_of_worker(pod) == engines
+    first = {"trainer": 7601, "weight-sync": 7606, "rendezvous": 7603}
+    assert ports_of_worker(pod_of(colocated, Role.TRAINER, 0)) == first | engines
     assert (variables["GRPO_ROLLOUT_PORT"], variables["NODE_RANK"], variables["GRPO_DEVICE_COUNT"]) == (
         "7607",
         "1",
@@ -311,4 +312,25 @@ def test_a_colocated_node_is_one_container_with_the_nodes_gpus_and_a_port_for_ea
     apart = pod_of({"trainer": {"gpusPerNode": 8}})
     assert worker_of(apart)["command"][1] == "trainer"
     assert "GRPO_ROLLOUT_PORT" not in env_of(apart)
-    assert len(worker_of(apart)["ports"]) == 3
+    assert list(ports_of_worker(apart)) == ["trainer", "weight-sync", "rendezvous"]
+
+
+def ports_of_worker(pod: dict[str, Any]) -> dict[str, int]:
+    return {port["name"]: port["containerPort"] for port in worker_of(pod)["ports"]}
+
+
+@pytest.mark.parametrize(
+    ("role", "index", "port"),
+    [(Role.COORDINATOR, 0, "7600"), (Role.TRAINER, 0, "7601"), (Role.ROLLOUT, 3, "7604"), (Role.TRAINER, 1, None)],
+)
+def test_scrapers_are_told_of_what_serves_and_of_nothing_else(role: Role, index: int, port: str | None) -> None:
+    """Of several trainer nodes the first alone has a server; a target that never answers would look like a failure."""
+    job = job_of({"trainer": {"nodes": 2}})
+    settings = replace(SETTINGS, scrape_annotations=True)
+    told = build.pod(job, role, index, GRPOJobStatus(), settings)["metadata"]["annotations"]
+    expected = {"prometheus.io/scrape": "true", "prometheus.io/port": port, "prometheus.io/path": "/metrics"}
+    assert {key: value for key, value in told.items() if key.startswith("prometheus.io/")} == (expected if port else {})
+    plain = build.pod(job, role, index, GRPOJobStatus(), SETTINGS)["metadata"]["annotations"]
+    assert not [key for key in plain if key.startswith("prometheus.io/")]
+    served = ports_of_worker(build.pod(job, role, index, GRPOJobStatus(), SETTINGS))
+    assert (role.value in served) == (port is not None)
