@@ -55,6 +55,13 @@ def test_no_object_has_its_name_on_a_metric(process: str) -> None:
     assert not [name for name, entry in entries(process).items() if named & set(entry.labels)]
 
 
+@pytest.mark.parametrize("process", ["coordinator", "trainer", "rollout"])
+def test_no_label_is_one_that_scraping_adds(process: str) -> None:
+    """Prometheus would rename ours to exported_..."""
+    added = {"namespace", "grpojob", "role", "index", "job", "instance", "pod", "container", "endpoint"}
+    assert not [name for name, entry in entries(process).items() if added & set(entry.labels)]
+
+
 def test_counters_are_there_before_they_count_and_gauges_are_not(registry: CollectorRegistry) -> None:
     Declared("coordinator", registry)
     assert "grpo_coordinator_redispatched_prompts_total 0.0" in lines(registry)

@@ -5,7 +5,7 @@ threshold is true for every job.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, statetimeline, table, timeseries
 from grafana_foundation_sdk.models import common as common_models
 from grafana_foundation_sdk.models import dashboard as models
+from grafana_foundation_sdk.models import prometheus as prometheus_models
 
 JOB = 'namespace=~"$namespace", grpojob=~"$grpojob"'
 OF_JOB = "{{namespace}}/{{grpojob}}"
@@ -134,7 +135,13 @@ def _variable(name: str, query: str) -> dashboard.QueryVariable:
 
 
 def _panel(panel: Panel) -> Any:
-    kinds = {"lines": _lines, "stacked": _stacked, "numbers": _numbers, "states": _states, "table": _table}
+    kinds: dict[str, Callable[[Panel], Any]] = {
+        "lines": _lines,
+        "stacked": _stacked,
+        "numbers": _numbers,
+        "states": _states,
+        "table": _table,
+    }
     metrics = ", ".join(f"`{name}`" for name in panel.metrics)
     links = [
         dashboard.DashboardLink(f"Runbook: {alert}")
@@ -157,7 +164,7 @@ def _panel(panel: Panel) -> Any:
     for legend, query in panel.queries.items():
         target = prometheus.Dataquery().expr(query).legend_format(legend).datasource(SOURCE)
         if panel.kind == "table":
-            target = target.format("table").instant()
+            target = target.format(prometheus_models.PromQueryFormat.TABLE).instant()
         made = made.with_target(target.ref_id(chr(ord("A") + list(panel.queries).index(legend))))
     return made
 

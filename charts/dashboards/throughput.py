@@ -181,7 +181,7 @@ DASHBOARD = Dashboard(
                 {
                     f"{OF_JOB} in service": f"{C}_rollouts_in_service{{{JOB}}}",
                     f"{OF_JOB} minimum": f"{C}_rollouts_min{{{JOB}}}",
-                    f"{OF_JOB} {{{{role}}}} {{{{state}}}}": f"{C}_members{{{JOB}}}",
+                    f"{OF_JOB} {{{{kind}}}} {{{{state}}}}": f"{C}_members{{{JOB}}}",
                 },
                 alerts=["GRPOEnginesBelowMinimum"],
             ),

@@ -1,7 +1,11 @@
 """A whole run with `rollout.agent`: two turns with an observation between them, through a real engine and a real trainer."""
 
+import urllib.request
+
 import pytest
 from metric_names import unlisted
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from run_helpers import Run, Workspace
 
 AGENT = '''
@@ -24,6 +28,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
+def scrape(run: Run) -> list[Metric]:
+    """The page of `--metrics`, whose address is told in an event."""
+    (event,) = (event for event in run.lines("events.jsonl") if event["reason"] == "Metrics")
+    with urllib.request.urlopen(event["message"].rpartition(" ")[2], timeout=30) as response:
+        return list(text_string_to_metric_families(response.read().decode()))
+
+
 def test_an_agents_observations_are_context_and_not_trained_on(workspace: Workspace) -> None:
     job = workspace.job(
         data={
@@ -33,8 +44,17 @@ def test_an_agents_observations_are_context_and_not_trained_on(workspace: Worksp
         rollout={"n": 4, "agent": "agents.py:two_turns", "agentOptions": {"hint": HINT}},
         trainer={"totalSteps": 3, "totalEpochs": 8, "testFreq": 3},
     )  # fmt: skip
-    with Run(workspace, job, "run") as run:
+    with Run(workspace, job, "run", "--metrics=0") as run:
+        run.wait_until(lambda: run.steps() >= 1)
+        page = scrape(run)
         assert run.finish() == 0, run.output()
+    series = {(sample.name, sample.labels["role"]): sample for family in page for sample in family.samples}
+    for name, role in (
+        ("grpo_coordinator_reward_mean", "coordinator"),
+        ("grpo_trainer_step", "trainer"),
+        ("vllm:generation_tokens_total", "rollout"),
+    ):
+        assert series[name, role].labels["grpojob"] == "test", sorted(series)
     metrics = [line for line in run.lines("metrics.jsonl") if line["step"] > 0]
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert unlisted(run.lines("metrics.jsonl")) == set()

@@ -26,6 +26,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="override a field, e.g. actor.optim.lr=1e-5",
     )
     run.add_argument("--run-dir", type=Path, help="where logs, metrics and checkpoints go (default: runs/NAME)")
+    run.add_argument(
+        "--metrics", type=int, metavar="PORT", help="serve /metrics of all processes on this port, for Prometheus"
+    )
     run.set_defaults(function=_run)
     report = commands.add_parser(
         "report",
@@ -37,14 +40,14 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _run(options: argparse.Namespace) -> None:
-    train(options.file, options.overrides, options.run_dir)
+    train(options.file, options.overrides, options.run_dir, options.metrics)
 
 
 def _report(options: argparse.Namespace) -> None:
     report(options.run_dir)
 
 
-def train(file: str, overrides: list[str], run_dir: Path | None) -> None:
+def train(file: str, overrides: list[str], run_dir: Path | None, metrics_port: int | None = None) -> None:
     """Run a job to its end on this machine, with a view on stdout. Raises GRPOError; YieldedError says how to go on."""
     from grpo_worker.local.supervisor import Supervisor
     from grpo_worker.local.view import open_view
@@ -58,9 +61,10 @@ def train(file: str, overrides: list[str], run_dir: Path | None) -> None:
         raise UsageError(f"--run-dir {root}: cannot be made: {error.strerror}") from error
     view = open_view(sys.stdout)
     try:
-        Supervisor(job, RunDirectory(root), view).run()
+        Supervisor(job, RunDirectory(root), view, metrics_port).run()
     except YieldedError as error:
         again = [file, *(f"--set={item}" for item in overrides), *(["--run-dir", str(run_dir)] if run_dir else [])]
+        again += [f"--metrics={metrics_port}"] if metrics_port is not None else []
         raise YieldedError(f"{error}. It goes on from its checkpoint with: grpo run {shlex.join(again)}") from error
     finally:
         view.close()

@@ -36,6 +36,7 @@ from grpo_worker.errors import (
     one_line,
 )
 from grpo_worker.local.child import Child, ChildSpec, code_text
+from grpo_worker.local.metrics import Server, serve_metrics
 from grpo_worker.local.placement import Machine, Process, device_count, place
 from grpo_worker.local.policy import Action, Budget, Decision, decide
 from grpo_worker.local.status import ask_status
@@ -54,8 +55,9 @@ ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 class Supervisor:
     """One `grpo run`."""
 
-    def __init__(self, job: GRPOJob, directory: RunDirectory, view: View) -> None:
+    def __init__(self, job: GRPOJob, directory: RunDirectory, view: View, metrics_port: int | None = None) -> None:
         self._job = job
+        self._metrics_port = metrics_port
         self._spec = job.spec
         self._directory = directory
         self._view = view
@@ -81,6 +83,9 @@ class Supervisor:
         with ExitStack() as stack:
             stack.enter_context(self._exclusive())
             self._prepare()
+            if self._metrics_port is not None:
+                port = stack.enter_context(serve_metrics(self._metrics_port, self._job.name, self._servers))
+                self._events.emit("info", "Metrics", f"Metrics of all processes: http://127.0.0.1:{port}/metrics")
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._interrupted))
             stack.callback(self._end_children)
@@ -129,6 +134,12 @@ class Supervisor:
         self._directory.run_file.chmod(0o600)
         if aside := cluster_only_fields(self._spec):
             self._events.emit("info", "LeftAside", f"Left aside, for a cluster only: {', '.join(aside)}")
+
+    def _servers(self) -> list[Server]:
+        """Processes that serve metrics now, as far as the coordinator has told."""
+        members = (self._status or {}).get("members", ())
+        told = [Server(member["role"], member["name"].rpartition("-")[2], member["url"]) for member in members]
+        return [Server("coordinator", "0", self._url), *(server for server in told if server.url)]
 
     def _exclusive(self) -> Any:
         """The run directory's lock, held until the end. Raises ConfigError when another run has it."""
