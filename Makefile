@@ -1,6 +1,7 @@
 # Each target sets up what it needs, from Python 3.11 or newer and make alone.
 #   make demo   trains a small model in minutes and writes its report     make test   all tests
 #   make lint   format, lint, types, imports, dead code                   make bench  what produced the numbers in the docs
+#   make observe   Prometheus beside a run on this machine (grpo run --metrics 9464), with the alerts
 #   make gpu-smoke   what only a GPU can show, on a machine that has one
 #   make e2e    a real Kubernetes node, images, chart, jobs (root)        make cluster  leaves one running to play with
 
@@ -21,7 +22,7 @@ STAMP := $(VENV)/.ready-$(LOCK)
 SOURCES := operator worker tests benchmarks e2e charts
 LOCK_FLAGS := --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-emit-index-url --no-annotate
 
-.PHONY: demo test e2e cluster cluster-down lint format bench gpu-smoke generated lock clean
+.PHONY: demo test e2e cluster cluster-down lint format bench observe gpu-smoke generated lock clean
 
 demo: $(STAMP)
 	$(BIN)/grpo demo run
@@ -57,6 +58,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+observe:
+	@command -v prometheus >/dev/null || { echo "There is no prometheus here: apt-get install prometheus, or https://prometheus.io/download" >&2; exit 1; }
+	prometheus --config.file=examples/observe/prometheus.yaml --storage.tsdb.path=$(CACHE)/observe --web.listen-address=127.0.0.1:9090
 
 # With the environment that the GPU machine has (docs/gpu.md), not the one of this file: PYTHON=python3 make gpu-smoke
 gpu-smoke:

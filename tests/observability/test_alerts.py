@@ -125,6 +125,14 @@ def test_the_rules_are_prometheus_rules(promtool: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_example_configuration_loads_them(promtool: str) -> None:
+    example = Path(__file__).parents[2] / "examples" / "observe" / "prometheus.yaml"
+    done = subprocess.run(
+        [promtool, "check", "config", example], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and "1 rule files found" in done.stdout, done.stdout + done.stderr
+
+
 def test_each_alert_is_seen_to_fire_and_to_stay_quiet() -> None:
     assert {name for name, _, _, fires in CASES if fires is not None} == set(rules())
     assert {name for name, _, _, fires in CASES if fires is None} == set(rules())

@@ -1,4 +1,4 @@
-"""`grpo run` and `grpo report`."""
+"""`grpo run`, `grpo report` and `grpo watch`."""
 
 import argparse
 import shlex
@@ -37,6 +37,21 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     report.add_argument("run_dir", type=Path, help="the run directory")
     report.set_defaults(function=_report)
+
+    watch = commands.add_parser(
+        "watch",
+        help="serve a run's report as a page that follows it",
+        description="Serve the report of a run as a page that updates while the run goes on, for a browser on this machine.",
+    )
+    watch.add_argument("run", type=Path, help="the run directory")
+    watch.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
+    watch.set_defaults(function=_watch)
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from grpo_worker.report.live import watch_run
+
+    watch_run(options.run, options.port)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -10,13 +10,10 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from grpo_worker.errors import ConfigError
+from grpo_worker.pages import serve_pages
 
 NAMESPACE = "local"
 TIMEOUT_SECONDS = 2.0
@@ -32,37 +29,10 @@ class Server:
 
 
 @contextmanager
-def serve_metrics(port: int, job: str, servers: Callable[[], Sequence[Server]]) -> Iterator[int]:
-    """`GET /metrics` on the loopback interface, until the block ends. Yields the port. Raises ConfigError when it is in use."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path != "/metrics":
-                self.send_error(404, "only /metrics is here")
-                return
-            body = merged(job, servers()).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", CONTENT_TYPE_LATEST)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """A scrape is no news."""
-
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise ConfigError(
-            f"--metrics {port}: cannot listen: {error.strerror or error}. Choose another port, or 0 for any free one."
-        ) from error
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+def serve_metrics(port: int, job: str, servers: Callable[[], Sequence[Server]]) -> Iterator[str]:
+    """Until the block ends. Yields the page's address. Raises ConfigError when the port is in use."""
+    with serve_pages("--metrics", port, CONTENT_TYPE_LATEST, {"/metrics": lambda: merged(job, servers())}) as address:
+        yield f"{address}/metrics"
 
 
 def merged(job: str, servers: Sequence[Server]) -> str:

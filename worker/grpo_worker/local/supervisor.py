@@ -84,8 +84,8 @@ class Supervisor:
             stack.enter_context(self._exclusive())
             self._prepare()
             if self._metrics_port is not None:
-                port = stack.enter_context(serve_metrics(self._metrics_port, self._job.name, self._servers))
-                self._events.emit("info", "Metrics", f"Metrics of all processes: http://127.0.0.1:{port}/metrics")
+                page = stack.enter_context(serve_metrics(self._metrics_port, self._job.name, self._servers))
+                self._events.emit("info", "Metrics", f"Metrics of all processes: {page}")
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._interrupted))
             stack.callback(self._end_children)

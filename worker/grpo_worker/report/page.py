@@ -20,17 +20,19 @@ MAX_EVENTS = 200
 LONG_TEXT_CHARACTERS = 600
 
 
-def render_page(run: RunData, summary: Summary, charts: Sequence[Chart]) -> str:
-    """The whole document."""
+def render_page(run: RunData, summary: Summary, charts: Sequence[Chart], refresh_seconds: int | None = None) -> str:
+    """The whole document. `refresh_seconds`: the browser loads it again after so long."""
+    refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">' if refresh_seconds else ""
+    made_by = "watch, live," if refresh_seconds else "report"
     sections = [_head(summary), _problems(run.problems), _charts(charts), _samples(run), _events(summary), _job(run)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(summary.headline)}</title><style>{style_sheet()}</style></head>\n<body><main>\n"
+        f"{refresh}<title>{escape(summary.headline)}</title><style>{style_sheet()}</style></head>\n<body><main>\n"
         + "\n".join(section for section in sections if section)
-        + f"\n<footer>Made by grpo report {escape(__version__)} from {escape(run.run_dir.resolve().name)}/ on "
-        f"{time.strftime('%Y-%m-%d %H:%M')}.</footer>\n</main></body></html>\n"
+        + f"\n<footer>Made by grpo {made_by} {escape(__version__)} from {escape(run.run_dir.resolve().name)}/ on "
+        f"{time.strftime('%Y-%m-%d %H:%M:%S')}.</footer>\n</main></body></html>\n"
     )
 
 

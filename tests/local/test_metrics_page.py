@@ -28,8 +28,8 @@ def process(role: str, index: int) -> Iterator[Server]:
     thread.join(5)
 
 
-def get(port: int, path: str = "/metrics") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as response:
+def get(address: str) -> str:
+    with urllib.request.urlopen(address, timeout=20) as response:
         return str(response.read().decode())
 
 
@@ -39,8 +39,8 @@ def test_series_of_all_processes_have_the_labels_of_pods() -> None:
             stack.enter_context(process(role, index))
             for role, index in (("trainer", 0), ("rollout", 0), ("rollout", 1))
         ]
-        port = stack.enter_context(serve_metrics(0, "demo", lambda: servers))
-        text = get(port)
+        page = stack.enter_context(serve_metrics(0, "demo", lambda: servers))
+        text = get(page)
     families = {family.name: family for family in text_string_to_metric_families(text)}
     levels = {(s.labels["role"], s.labels["index"]): s.value for s in families["shared_level"].samples}
     assert levels == {("trainer", "0"): 1, ("rollout", "0"): 1, ("rollout", "1"): 2}
@@ -61,14 +61,14 @@ def test_a_process_that_does_not_answer_is_left_out() -> None:
         gone = Server("rollout", "1", "http://127.0.0.1:1")
         hangs = Server("rollout", "2", f"http://127.0.0.1:{silent.getsockname()[1]}")
         servers = [gone, stack.enter_context(process("coordinator", 0)), hangs]
-        port = stack.enter_context(serve_metrics(0, "demo", lambda: servers))
-        (level,) = (family for family in text_string_to_metric_families(get(port)) if family.name == "shared_level")
+        page = stack.enter_context(serve_metrics(0, "demo", lambda: servers))
+        (level,) = (family for family in text_string_to_metric_families(get(page)) if family.name == "shared_level")
     assert [sample.labels["role"] for sample in level.samples] == ["coordinator"]
 
 
 def test_there_is_nothing_else() -> None:
-    with serve_metrics(0, "demo", list) as port, pytest.raises(urllib.error.HTTPError, match="404"):
-        get(port, "/status")
+    with serve_metrics(0, "demo", list) as page, pytest.raises(urllib.error.HTTPError, match="404"):
+        get(page.replace("/metrics", "/status"))
 
 
 def test_a_port_in_use_names_the_flag() -> None:
