@@ -107,7 +107,8 @@ class Declared(Collector):
                     self.histogram(entry.name).observe(value * entry.scale)
 
     def collect(self) -> Iterator[Metric]:
-        numbers = [(name, labels, value) for name, last in self._last.items() for labels, value in last.items()]
+        last = [(name, dict(values)) for name, values in list(self._last.items())]  # other threads set meanwhile
+        numbers = [(name, labels, value) for name, values in last for labels, value in values.items()]
         families: dict[str, GaugeMetricFamily] = {}
         for name, labels, value in chain(numbers, *(source() for source in self._sources)):
             if name not in families:
