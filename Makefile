@@ -27,12 +27,8 @@ LOCK_FLAGS := --python-version 3.11 --python-platform x86_64-manylinux_2_28 --ge
 demo: $(STAMP)
 	$(BIN)/grpo demo run
 
-# Whole runs (tests/run) beside all others: both wait for processes half of the time. What the first says comes at the end.
 test: $(STAMP)
-	@$(BIN)/python -m pytest tests/run --durations 10 > $(VENV)/whole-runs.log 2>&1 & whole=$$!; \
-	$(BIN)/python -m pytest tests --ignore=tests/run --durations 15; code=$$?; \
-	wait $$whole || code=$$?; \
-	cat $(VENV)/whole-runs.log; exit $$code
+	$(BIN)/python -m pytest tests --durations 20
 
 # The first time some minutes to build Kubernetes and the images; kept in $(CACHE).
 e2e: $(STAMP)

@@ -73,7 +73,7 @@ def test_a_job_gets_its_children_trains_and_succeeds(
     cluster.wait("step 3 is reported", lambda: cluster.status().get("progress", {}).get("step") == 3)
     assert coordinator.tokens == {f"Bearer {job_token(KEY, uid)}"}
     assert cluster.status()["state"] == "Training"
-    assert operator.metric("grpo_job_step", namespace=cluster.namespace, job="demo") == 3
+    assert operator.metric("grpo_job_step", namespace=cluster.namespace, grpojob="demo") == 3
     assert operator.metric("grpo_job_pods", namespace=cluster.namespace, phase="Running") == 4
 
     coordinator.trains(40, state="Succeeded")
