@@ -23,8 +23,6 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
     "openssl": "openssl",
-    "prometheus": "prometheus",
-    "promtool": "prometheus",
     "runc": "runc",
     "setpriv": "util-linux",
 }
