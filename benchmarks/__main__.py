@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 # In order of length: the short ones tell first when something is wrong.
-BENCHMARKS = ("scrape", "packing", "checkpoint", "overhead", "weight_sync", "data_rows", "cluster_recovery", "operator_scale")
+BENCHMARKS = (
+    "scrape",
+    "packing",
+    "checkpoint",
+    "overhead",
+    "weight_sync",
+    "data_rows",
+    "cluster_recovery",
+    "operator_scale",
+)
 RESULTS = Path(__file__).parent / "results"
 LIMIT_SECONDS = 3600.0
 
