@@ -8,7 +8,6 @@
 """
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -22,19 +21,18 @@ from prometheus_client import CollectorRegistry, generate_latest
 from grpo_operator.control.metrics import JobView, OperatorMetrics
 from grpo_operator.facts import Job, Pod, Report
 from grpo_operator.labels import Role
-from grpo_worker.catalogue import Declared, entries
+from grpo_worker.catalogue import PART, Declared, entries
 from grpo_worker.config import load_job
 from grpo_worker.config.status import Checkpoints, Condition, GRPOJobStatus, Progress
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "qwen3-8b-gsm8k.yaml"
 NOW = datetime(2026, 11, 27, tzinfo=UTC)
 JOBS, ROUNDS = 200, 50
-WORDS = re.compile(r"\{([^}]+)\}|<[^>]+>")
 
 
 def every_name(pattern: str) -> list[str]:
     """The names in metrics.jsonl that a pattern of the catalogue stands for; one for what is free."""
-    match = WORDS.search(pattern)
+    match = PART.search(pattern)
     if match is None:
         return [pattern]
     words = match[1].split(",") if match[1] else ["x"]

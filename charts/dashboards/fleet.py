@@ -10,7 +10,7 @@ DASHBOARD = Dashboard(
     uid="grpo-fleet",
     title="GRPO fleet",
     description="All jobs: what runs, how far, what failed, and what that cost. Needs the operator's metrics alone.",
-    variables={"namespace": f"{J}_info", "grpojob": f"{J}_info"},
+    jobs=f"{J}_info",
     questions={
         "What runs?": [
             Panel(

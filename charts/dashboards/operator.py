@@ -1,6 +1,6 @@
 """GRPO operator: does the controller itself work?"""
 
-from charts.dashboards.panels import Dashboard, Panel, quantiles
+from charts.dashboards.panels import Dashboard, Panel, quantiles, tile
 
 O = "grpo_operator"  # noqa: E741
 SCRAPED = "The operator is not scraped: metrics.serviceMonitor, or metrics.annotations."
@@ -11,50 +11,38 @@ DASHBOARD = Dashboard(
     description="Does the controller itself work? Lease, watches, queue, reconciles and what they ask of the API server.",
     questions={
         "Does it work?": [
-            Panel(
+            tile(
                 "Leader",
                 "Operators that lead.",
                 "One.",
                 {"leaders": f"sum({O}_leader)"},
-                kind="numbers",
-                width=6,
-                height=4,
                 warn_below=1,
                 empty=SCRAPED,
                 alerts=["GRPOOperatorAbsent"],
             ),
-            Panel(
+            tile(
                 "Jobs and pods",
                 "That it knows.",
                 "As many as `kubectl get grpojobs -A` lists.",
                 {"jobs": f"max({O}_jobs)", "pods": f"max({O}_pods)"},
-                kind="numbers",
-                width=6,
-                height=4,
                 empty=SCRAPED,
             ),
-            Panel(
+            tile(
                 "Missed changes",
                 "Age of the oldest change that a watch should have told of.",
                 "0. Above 30 s it lists, above 120 s it restarts itself.",
                 {"{{instance}}": f"{O}_watch_overdue_seconds"},
                 unit="s",
-                width=6,
-                height=4,
-                kind="numbers",
                 warn_above=30,
                 empty=SCRAPED,
                 alerts=["GRPOOperatorWatchStale"],
             ),
-            Panel(
+            tile(
                 "Longest wait",
                 "How long the job that waits longest has waited for a worker.",
                 "Under a second.",
                 {"seconds": f"max({O}_workqueue_oldest_seconds)"},
                 unit="s",
-                width=6,
-                height=4,
-                kind="numbers",
                 warn_above=60,
                 empty=SCRAPED,
                 alerts=["GRPOOperatorQueueGrowing"],

@@ -6,8 +6,10 @@ threshold is true for every job.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from string import ascii_uppercase
 from typing import Any
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, statetimeline, table, timeseries
@@ -46,10 +48,18 @@ class Panel:
     alerts: Sequence[str] = ()
 
     @property
+    def judged(self) -> bool:
+        """Whether colours say what is bad."""
+        return self.warn_above is not None or self.warn_below is not None
+
+    @property
     def metrics(self) -> list[str]:
         """Names of the metrics that it asks for, in order."""
         found = [name for query in self.queries.values() for name in NAME.findall(query)]
         return list(dict.fromkeys(re.sub(r"_(bucket|sum|count)$", "", name) for name in found))
+
+
+tile = partial(Panel, kind="numbers", width=6, height=4)  # a number at the top of a page
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Dashboard:
     title: str
     description: str
     questions: Mapping[str, Sequence[Panel]]
-    variables: Mapping[str, str] = field(default_factory=dict)  # label by name, and the metric that knows its values
+    jobs: str = ""  # the metric that knows namespaces and jobs to choose from; without it there is no choice
     refresh: str = "30s"
 
     @property
@@ -97,8 +107,10 @@ def build(page: Dashboard) -> models.Dashboard:
         )
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     )
-    for name, metric in page.variables.items():
-        board = board.with_variable(_variable(name, f"label_values({metric}{_above(page, name)}, {name})"))
+    if page.jobs:
+        in_namespace = f'{page.jobs}{{namespace=~"$namespace"}}'
+        board = board.with_variable(_variable("namespace", "Namespace", page.jobs))
+        board = board.with_variable(_variable("grpojob", "Job", in_namespace))
     top = 0
     for question, panels in page.questions.items():
         row = dashboard.Row(question).id(next(numbers)).grid_pos(models.GridPos(x=0, y=top, w=COLUMNS, h=1))
@@ -113,18 +125,11 @@ def build(page: Dashboard) -> models.Dashboard:
     return board.build()
 
 
-def _above(page: Dashboard, name: str) -> str:
-    """The selection of the variables before this one."""
-    names = list(page.variables)
-    chosen = ", ".join(f'{before}=~"${before}"' for before in names[: names.index(name)])
-    return f"{{{chosen}}}" if chosen else ""
-
-
-def _variable(name: str, query: str) -> dashboard.QueryVariable:
+def _variable(name: str, label: str, series: str) -> dashboard.QueryVariable:
     return (
         dashboard.QueryVariable(name)
-        .label({"grpojob": "Job", "namespace": "Namespace"}[name])
-        .query(query)
+        .label(label)
+        .query(f"label_values({series}, {name})")
         .datasource(SOURCE)
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
@@ -159,13 +164,13 @@ def _panel(panel: Panel) -> Any:
         .no_value(panel.empty)
         .links(links)
     )
-    if panel.warn_above is not None or panel.warn_below is not None:
+    if panel.judged:
         made = made.thresholds(_thresholds(panel))
-    for legend, query in panel.queries.items():
+    for ref_id, (legend, query) in zip(ascii_uppercase, panel.queries.items(), strict=False):
         target = prometheus.Dataquery().expr(query).legend_format(legend).datasource(SOURCE)
         if panel.kind == "table":
             target = target.format(prometheus_models.PromQueryFormat.TABLE).instant()
-        made = made.with_target(target.ref_id(chr(ord("A") + list(panel.queries).index(legend))))
+        made = made.with_target(target.ref_id(ref_id))
     return made
 
 
@@ -181,7 +186,7 @@ def _lines(panel: Panel) -> timeseries.Panel:
     made = (
         timeseries.Panel().line_width(2).fill_opacity(0).show_points(common_models.VisibilityMode.AUTO).span_nulls(True)
     )
-    if panel.warn_above is not None or panel.warn_below is not None:
+    if panel.judged:
         made = made.thresholds_style(
             common.GraphThresholdsStyleConfig().mode(common_models.GraphThresholdsStyleMode.DASHED)
         )
@@ -195,8 +200,7 @@ def _stacked(panel: Panel) -> timeseries.Panel:
 
 
 def _numbers(panel: Panel) -> stat.Panel:
-    colour = panel.warn_above is not None or panel.warn_below is not None
-    mode = common_models.BigValueColorMode.VALUE if colour else common_models.BigValueColorMode.NONE
+    mode = common_models.BigValueColorMode.VALUE if panel.judged else common_models.BigValueColorMode.NONE
     return stat.Panel().color_mode(mode).graph_mode(common_models.BigValueGraphMode.AREA)
 
 
@@ -206,17 +210,9 @@ def _states(panel: Panel) -> statetimeline.Panel:
 
 def _table(panel: Panel) -> table.Panel:
     """A row for each job: the queries are columns, by their legends."""
-    renamed = {f"Value #{chr(ord('A') + place)}": legend for place, legend in enumerate(panel.queries)}
-    hidden = {
-        "Time": True,
-        "__name__": True,
-        "instance": True,
-        "job": True,
-        "pod": True,
-        "service": True,
-        "endpoint": True,
-        "container": True,
-    }
+    renamed = {f"Value #{ref_id}": legend for ref_id, legend in zip(ascii_uppercase, panel.queries, strict=False)}
+    scraped = ("Time", "__name__", "instance", "job", "pod", "service", "endpoint", "container")
+    hidden = dict.fromkeys(scraped, True)
     return (
         table.Panel()
         .with_transformation(models.DataTransformerConfig(id_val="merge", options={}))

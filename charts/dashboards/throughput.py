@@ -15,7 +15,7 @@ DASHBOARD = Dashboard(
     uid="grpo-throughput",
     title="GRPO throughput",
     description="Where does the time go? Parts of a step, tokens, and what stands still.",
-    variables={"namespace": f"{C}_step", "grpojob": f"{C}_step"},
+    jobs=f"{C}_step",
     questions={
         "How fast is it?": [
             Panel(

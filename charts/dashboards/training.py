@@ -1,6 +1,6 @@
 """GRPO training: is it learning?"""
 
-from charts.dashboards.panels import JOB, OF_JOB, Dashboard, Panel
+from charts.dashboards.panels import JOB, OF_JOB, Dashboard, Panel, tile
 
 C = "grpo_coordinator"
 
@@ -8,49 +8,37 @@ DASHBOARD = Dashboard(
     uid="grpo-training",
     title="GRPO training",
     description="Is it learning? Rewards, groups, lengths, the policy's movement, and how far engine and trainer are apart.",
-    variables={"namespace": f"{C}_step", "grpojob": f"{C}_step"},
+    jobs=f"{C}_step",
     questions={
         "How far is it?": [
-            Panel(
+            tile(
                 "Steps",
                 "Finished steps of all, in percent.",
                 "It rises to 100.",
                 {OF_JOB: f"100 * {C}_step{{{JOB}}} / {C}_total_steps{{{JOB}}}"},
                 unit="percent",
-                kind="numbers",
-                width=6,
-                height=4,
             ),
-            Panel(
+            tile(
                 "Reward",
                 "Mean score of the last step's samples.",
                 "Its scale is that of your reward function.",
                 {OF_JOB: f"{C}_reward_mean{{{JOB}}}"},
-                kind="numbers",
-                width=6,
-                height=4,
                 alerts=["GRPORewardCollapsed"],
             ),
-            Panel(
+            tile(
                 "Validation accuracy",
                 "Greedy answers to the validation prompts that were right.",
                 "It should follow the training accuracy; when it falls behind, the policy learns the training prompts by heart.",
                 {OF_JOB: f"{C}_validation_accuracy_ratio{{{JOB}}}"},
                 unit="percentunit",
-                kind="numbers",
                 empty="No validation was made: data.validationFiles and trainer.testFreq ask for one, and the reward function must give an accuracy.",
-                width=6,
-                height=4,
             ),
-            Panel(
+            tile(
                 "Since the last step",
                 "Time since the last step was finished.",
                 "No more than a few times the length of a step.",
                 {OF_JOB: f"time() - {C}_last_progress_timestamp_seconds{{{JOB}}}"},
                 unit="s",
-                kind="numbers",
-                width=6,
-                height=4,
                 alerts=["GRPOJobStalled"],
             ),
         ],

@@ -71,7 +71,7 @@ def _build_one(binary: Binary, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory, prefix=".build-") as scratch:
         target = Path(scratch) / binary.name
         flags = f"-s -w {binary.linker_flags}".strip()
-        command = ["nice", "-n", "10", "go", "build", "-ldflags", flags, "-o", str(target), binary.package]
+        command = ["go", "build", "-ldflags", flags, "-o", str(target), binary.package]
         try:
             done = subprocess.run(
                 command,

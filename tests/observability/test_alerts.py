@@ -17,9 +17,8 @@ BEHIND = f'grpo_job_condition{{{JOB}, type="CheckpointCurrent", status="%s"}}'
 FAILED = f'grpo_job_condition{{{JOB}, type="Failed", status="%s"}}'
 SCHEDULED = f'grpo_job_condition{{{JOB}, type="Scheduled", status="%s"}}'
 
-Series = dict[
-    str, str
-]  # values a minute in promtool's notation, by name and labels: 1x9 is ten times 1, 0+2x9 counts up by 2
+# Values a minute in promtool's notation, by name and labels: 1x9 is ten times 1, 0+2x9 counts up by 2.
+Series = dict[str, str]
 
 
 def job(**values: str) -> Series:

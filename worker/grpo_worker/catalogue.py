@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 FILE = Path(__file__).with_suffix(".yaml")
 FREE_VALUES = 50  # of a label whose values the job's own code chooses
-_PART = re.compile(r"\{([^}]+)\}|<[^>]+>")
+PART = re.compile(r"\{([^}]+)\}|<[^>]+>")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Entry:
     def pattern(self) -> re.Pattern[str]:
         """Of the names in metrics.jsonl that it is, or follows: a group for each {} and <>."""
         written, parts, end = self.follows or self.name, [], 0
-        for match in _PART.finditer(written):
+        for match in PART.finditer(written):
             words = match[1].split(",") if match[1] else None
             choice = "|".join(map(re.escape, words)) if words else "[^/]+"
             parts += [re.escape(written[end : match.start()]), f"({choice})"]

@@ -108,9 +108,11 @@ def _values(view: JobView) -> dict[str, float | None]:
     }
     if spec is not None:
         holding = [pod for pod in view.pods if pod.scheduled and not pod.over]
-        values |= {"gpus": sum(gpus(spec, pod.role) for pod in holding)}
-        policy = spec.failure_policy
-        values |= {"max_restarts": policy.max_restarts, "stall_timeout_seconds": policy.stall_timeout_seconds}
+        values |= {
+            "gpus": sum(gpus(spec, pod.role) for pod in holding),
+            "max_restarts": spec.failure_policy.max_restarts,
+            "stall_timeout_seconds": spec.failure_policy.stall_timeout_seconds,
+        }
         if spec.rollout_pods:
             ready = sum(pod.role is Role.ROLLOUT and pod.ready and not pod.over for pod in view.pods)
             values |= {"rollouts_ready": ready, "rollouts_min": spec.rollout.min_replicas or spec.rollout_pods}

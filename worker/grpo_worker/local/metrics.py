@@ -4,19 +4,16 @@ Invariant: each series has the labels that a pod's has on a cluster (namespace, 
 both; a process that does not answer in time is left out of that scrape.
 """
 
-import http.client
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from grpo_worker.local.status import ask
 from grpo_worker.pages import serve_pages
 
 NAMESPACE = "local"
-TIMEOUT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def merged(job: str, servers: Sequence[Server]) -> str:
         own: set[str] = set()  # families that no server before has told of
         labels = f'namespace="{NAMESPACE}",grpojob="{job}",role="{server.role}",index="{server.index}"'
         family = ""
-        for line in _page(server.url).splitlines():
+        for line in (ask(f"{server.url}/metrics") or b"").decode(errors="replace").splitlines():
             if line.startswith("# "):
                 family = line.split(" ", 3)[2]
                 if family not in families:
@@ -61,11 +58,3 @@ def _labelled(sample: str, labels: str) -> str:
         return f"{name}{{{labels},{rest}"
     name, value = sample.split(" ", 1)
     return f"{name}{{{labels}}} {value}"
-
-
-def _page(url: str) -> str:
-    try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_SECONDS) as response:
-            return str(response.read().decode())
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
-        return ""
