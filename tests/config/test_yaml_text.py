@@ -9,7 +9,7 @@ from grpo_worker.config import parse_yaml
 from grpo_worker.config.yaml_text import yaml_text
 
 
-@pytest.mark.parametrize("word", ["n", "N", "y", "Y", "no", "on", "true", "null", "1e3", "12"])
+@pytest.mark.parametrize("word", ["n", "N", "y", "Y", "no", "on", "true", "null", "1e3", "12e45678", "0o17", "12"])
 def test_a_word_that_some_reader_takes_for_something_else_is_quoted(word: str) -> None:
     text = yaml_text({word: word})
     assert text in (f"'{word}': '{word}'\n", f'"{word}": "{word}"\n')

@@ -1,9 +1,9 @@
 """A real API server accepts what we build: no unknown field, every validation passed, and Pod Security `restricted` enforced."""
 
+import json
 from typing import Any
 
 import pytest
-import yaml
 from e2e.cluster import ClusterError, ControlPlane
 
 from grpo_operator import build
@@ -116,7 +116,7 @@ def manifests(job: Job) -> list[dict[str, Any]]:
 
 
 def dry_run(control_plane: ControlPlane, manifest: dict[str, Any], *how: str) -> str:
-    text = yaml.safe_dump(manifest)
+    text = json.dumps(manifest)
     return control_plane.kubectl(*how, "--dry-run=server", "--validate=strict", "-f", "-", input_text=text)
 
 
@@ -133,7 +133,7 @@ def test_a_restricted_namespace_takes_everything_that_is_built(
 def test_shared_objects_can_be_applied_twice(control_plane: ControlPlane, guarded: str) -> None:
     job = job_of(guarded, EVERYTHING)
     for manifest in build.shared(job, SETTINGS, "token") * 2:
-        text = yaml.safe_dump(manifest)
+        text = json.dumps(manifest)
         control_plane.kubectl("apply", "--server-side", "--field-manager=grpo-operator", "-f", "-", input_text=text)
 
 
@@ -151,7 +151,7 @@ def test_rdma_needs_a_privileged_namespace(control_plane: ControlPlane, guarded:
 def test_labels_select_the_pods_of_one_job_alone(control_plane: ControlPlane, guarded: str) -> None:
     job = job_of(guarded, CPU)
     for role in Role:
-        control_plane.kubectl("create", "-f", "-", input_text=yaml.safe_dump(build.pod(job, role, 0, STATUS, SETTINGS)))
+        control_plane.kubectl("create", "-f", "-", input_text=json.dumps(build.pod(job, role, 0, STATUS, SETTINGS)))
     found = control_plane.get("pods", "-n", guarded, "-l", f"grpo.dev/job-uid={job.uid},grpo.dev/role=trainer")
     assert [pod["metadata"]["name"] for pod in found["items"]] == [f"{job.name}-trainer-0"]
     control_plane.kubectl("delete", "pods", "--all", "-n", guarded, "--force", "--grace-period=0")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
-import yaml
 from e2e.cluster import ClusterError, ControlPlane
 from job_documents import BAD_FIELDS, CONTRADICTIONS, DOCUMENT, GOOD
 from kubernetes import client, config
@@ -196,7 +195,7 @@ def test_an_unquoted_n_is_explained(cluster: ControlPlane, jobs: Jobs) -> None:
 
 
 def test_kubectl_shows_the_words_of_a_refusal(cluster: ControlPlane, jobs: Jobs) -> None:
-    text = yaml.safe_dump(document("data.trainBatchSize=100", "actor.ppoMiniBatchSize=64"))
+    text = json.dumps(document("data.trainBatchSize=100", "actor.ppoMiniBatchSize=64"))
     with pytest.raises(
         ClusterError, match=r"actor.ppoMiniBatchSize does not divide data.trainBatchSize. Choose a divisor"
     ):
@@ -364,7 +363,7 @@ def test_applying_the_same_file_again_changes_nothing(cluster: ControlPlane, nam
 
 
 def test_kubectl_scale_changes_the_engines_within_their_bounds(cluster: ControlPlane, namespace: str) -> None:
-    text = yaml.safe_dump(document("rollout.maxReplicas=3", "metadata.name=scaled"))
+    text = json.dumps(document("rollout.maxReplicas=3", "metadata.name=scaled"))
     cluster.kubectl("apply", "-n", namespace, "-f", "-", input_text=text)
     cluster.kubectl("scale", "-n", namespace, "grpojob/scaled", "--replicas=3")
     assert cluster.get("grpojob", "scaled", "-n", namespace)["spec"]["rollout"]["replicas"] == 3
@@ -427,7 +426,7 @@ def test_a_status_outside_of_its_contract_is_refused(
 
 
 def test_kubectl_get_shows_how_a_job_stands(cluster: ControlPlane, namespace: str) -> None:
-    cluster.kubectl("apply", "-n", namespace, "-f", "-", input_text=yaml.safe_dump(document("metadata.name=shown")))
+    cluster.kubectl("apply", "-n", namespace, "-f", "-", input_text=json.dumps(document("metadata.name=shown")))
     status = GRPOJobStatus(
         state="Training",
         progress=Progress(step=40, epoch=1.25, reward=0.75),

@@ -49,6 +49,7 @@ from grpo_worker.run_directory import RunDirectory
 POLL_SECONDS = 0.25
 TOLD_TO_STOP_SECONDS = 30.0  # after a worker ended as told, for the coordinator to end too
 END_GRACE_SECONDS = 10.0
+SIGTERM_GRACE_SECONDS = 2.0
 ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
@@ -330,12 +331,15 @@ class Supervisor:
     def _end_children(self) -> None:
         coordinator = self._children.get("coordinator")
         if coordinator is not None and coordinator.code in (ExitCode.DONE, ExitCode.YIELDED):
-            deadline = time.monotonic() + END_GRACE_SECONDS / 2  # it has told them to end
-            for child in self._children.values():
-                child.wait(max(0.0, deadline - time.monotonic()))
+            self._wait_for_children(END_GRACE_SECONDS / 2)  # it has told them to end
         for child in self._children.values():
             child.terminate()
+        # Short: nothing is left to save, and a trainer that hears no coordinator would wait for one.
+        self._wait_for_children(SIGTERM_GRACE_SECONDS)
         for child in self._children.values():
-            child.wait(END_GRACE_SECONDS)
-            child.kill()
-            child.wait(END_GRACE_SECONDS)
+            self._kill_child(child)
+
+    def _wait_for_children(self, limit_seconds: float) -> None:
+        deadline = time.monotonic() + limit_seconds
+        for child in self._children.values():
+            child.wait(max(0.0, deadline - time.monotonic()))
