@@ -5,7 +5,6 @@ Invariant: what keeps the operator from working is said in one line with what to
 
 import argparse
 import asyncio
-import json
 import logging
 import sys
 import time
@@ -19,6 +18,7 @@ from grpo_operator.loops import new_event_loop
 from grpo_operator.process import CannotStart, Ended, Process
 from grpo_operator.settings import Settings
 from grpo_operator.token import TokenKeyError, read_key
+from grpo_worker.logs import JsonFormatter
 
 logger = logging.getLogger("grpo_operator")
 
@@ -132,26 +132,11 @@ def _positive(kind: type[int] | type[float]) -> Any:
     return parse
 
 
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
-
-
 def _set_up_logging(form: str, verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S")
     text.converter = time.gmtime
-    handler.setFormatter(_JsonFormatter() if form == "json" else text)
+    handler.setFormatter(JsonFormatter() if form == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("kopf").setLevel(logging.DEBUG if verbose else logging.WARNING)
     # Said once at each start: kopf runs in a thread, and this process takes the signals.

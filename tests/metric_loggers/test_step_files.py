@@ -80,3 +80,16 @@ def test_a_line_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
     again.write(5, {})
     again.close()
     assert steps(path) == [4, 5]
+
+
+def test_a_file_that_is_bounded_loses_its_oldest_lines_and_takes_new_ones(tmp_path: Path) -> None:
+    path = tmp_path / "spans.jsonl"
+    records = StepFile(path, keep_bytes=1000)
+    for step in range(200):
+        records.write(step, {"word": "x" * 20})
+        assert path.stat().st_size <= 1000
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == list(range(steps[0], 200)) and len(steps) > 8
+    records.write(199, {"word": "again"}, anew=True)
+    records.close()
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 199, "word": "again"}

@@ -10,15 +10,16 @@ import grpo_worker.first_process  # noqa: F401  before what takes time
 import argparse
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_worker import logs
 from grpo_worker.config import GRPOJob, load_written
-from grpo_worker.environment import PARENT_PID, REPLICA_INDEX, TERMINATION_LOG
+from grpo_worker.environment import ATTEMPT, MEMBER_NAME, PARENT_PID, REPLICA_INDEX, TERMINATION_LOG
 from grpo_worker.errors import DeviceError, ExitCode, GRPOError, MemoryFullError, memory_was_full, one_line
 
 ROLES = ("coordinator", "trainer", "rollout", "node")
@@ -28,6 +29,8 @@ _MEMORY_REMEDY = (
     "If it comes again, give the machine or the pod more memory (runtime.resources), or ask for less: actor.ppoMaxTokenLenPerGPU and the "
     "offload of actor.fsdp on a trainer, rollout.gpuMemoryUtilization on an engine, reward.workers on the coordinator."
 )
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,13 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(role: str, job_file: str) -> int:
     """Run one role to its end and return the exit code."""
     try:
-        code, context = _run_role(role, load_written(job_file), job_file)
+        job = load_written(job_file)
+        _set_up_logs(role, job)
+        code, context = _run_role(role, job, job_file)
     except GRPOError as error:
-        print(f"{role}: {error.reason}: {error}", file=sys.stderr, flush=True)
+        log.error("%s: %s", error.reason, error)
         _last_word(error.reason, str(error), error.context)
         return int(error.exit_code)
     except Exception as error:
-        traceback.print_exc()
+        log.exception("%s failed", role)
         if memory_was_full(error):
             _last_word(MemoryFullError.reason, f"{role}: out of memory: {one_line(error)}. {_MEMORY_REMEDY}", {})
             return int(MemoryFullError.exit_code)
@@ -62,6 +67,17 @@ def run(role: str, job_file: str) -> int:
     if code == ExitCode.DONE and role != "node":
         _last_word("Completed", "", context)
     return code
+
+
+def _set_up_logs(role: str, job: GRPOJob) -> None:
+    logs.set_up(
+        job=job.name,
+        namespace=job.metadata.namespace,
+        role=role,
+        member=os.environ.get(MEMBER_NAME, role),
+        attempt=int(os.environ.get(ATTEMPT, "0")),
+        rank=int(os.environ["RANK"]) if "RANK" in os.environ else None,
+    )
 
 
 def _die_with_parent() -> None:
@@ -136,7 +152,7 @@ def _last_word(reason: str, message: str, context: dict[str, object]) -> None:
     try:
         Path(path).write_text(text)
     except OSError as error:
-        print(f"the termination message could not be written to {path}: {error}", file=sys.stderr)
+        log.error("the termination message could not be written to %s: %s", path, error)
 
 
 if __name__ == "__main__":

@@ -16,3 +16,6 @@ DEVICE_COUNT = "GRPO_DEVICE_COUNT"  # GPUs that the job has in all, where traine
 RESUME = "GRPO_RESUME"  # in place of checkpoint.resume, after a restart
 TERMINATION_LOG = "GRPO_TERMINATION_LOG"  # file that takes the last word of a process
 PARENT_PID = "GRPO_PARENT_PID"  # a local child dies with this process
+ATTEMPT = "GRPO_ATTEMPT"  # how often the job's set of pods was started before
+LOG_FORMAT = "GRPO_LOG_FORMAT"  # `json` for one object a line; a person's to set
+LOG_FACTS = "GRPO_LOG_FACTS"  # what every JSON line of this process and its children carries, as JSON

@@ -46,6 +46,11 @@ class RunDirectory:
         return self.root / "ledger.jsonl"
 
     @property
+    def spans(self) -> Path:
+        """Who did what from when to when, by step."""
+        return self.root / "spans.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -16,6 +16,7 @@ from grpo_operator.build.volumes import HOME, TEMPORARY, WORKSPACE
 from grpo_operator.facts import Job
 from grpo_operator.labels import Role, member_name, token_secret_name
 from grpo_worker import environment as names
+from grpo_worker import logs
 from grpo_worker.config.runtime import EnvFromSource, EnvVar
 from grpo_worker.config.status import GRPOJobStatus
 
@@ -83,6 +84,8 @@ def _identity(job: Job, role: Role, index: int, status: GRPOJobStatus) -> dict[s
         names.MEMBER_NAME: member_name(role, index),
         names.TERMINATION_LOG: TERMINATION_LOG_PATH,
         names.DEVICE_COUNT: str(spec.devices),
+        names.ATTEMPT: str(status.attempt or 0),
+        names.LOG_FORMAT: logs.JSON,
     }
     if role is Role.COORDINATOR:
         values[names.COORDINATOR_PORT] = str(ports.coordinator)

@@ -18,6 +18,7 @@ from grpo_operator.cli.api_errors import NotThere
 from grpo_operator.cli.cluster import Cluster, Json, connect, transient
 from grpo_operator.cli.reading import ended, entries, part, status_of
 from grpo_worker.errors import GRPOError, RetryableError, StalledError, UsageError
+from grpo_worker.logs import readable
 
 POLL_SECONDS = 2.0
 MEMBER_SECONDS = 600.0  # longest wait for a pod to follow
@@ -128,7 +129,7 @@ def _print(cluster: Cluster, wanted: Wanted, job: Json, tail: int | None) -> Non
             continue
         try:
             for line in cluster.log(cluster.namespace, pod["metadata"]["name"], _query(tail)):
-                print(f"{member}  {line}" if several else line)
+                print(f"{member}  {readable(line)}" if several else readable(line))
         except GRPOError as error:
             problems.append(error)
     for problem in problems[:-1] if len(problems) == len(pods) else problems:
@@ -253,7 +254,7 @@ def _print_queued(lines: "queue.Queue[tuple[str, str]]", wanted: Wanted) -> None
     try:
         member, line = lines.get(timeout=0.2)
         while True:
-            print(line if wanted.one else f"{member}  {line}", flush=lines.empty())
+            print(readable(line) if wanted.one else f"{member}  {readable(line)}", flush=lines.empty())
             member, line = lines.get_nowait()
     except queue.Empty:
         return

@@ -1,4 +1,4 @@
-"""`grpo run`, `grpo report` and `grpo watch`."""
+"""`grpo run`, `grpo report`, `grpo watch` and `grpo trace`."""
 
 import argparse
 import shlex
@@ -46,6 +46,22 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     watch.add_argument("run", type=Path, help="the run directory")
     watch.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
     watch.set_defaults(function=_watch)
+
+    trace = commands.add_parser(
+        "trace",
+        help="draw the last steps of a run as a timeline",
+        description="Draw who did what in the last steps of a run: trace.svg, and trace.json for ui.perfetto.dev or chrome://tracing.",
+    )
+    trace.add_argument("run", type=Path, help="the run directory")
+    trace.add_argument("--steps", type=int, default=3, help="how many of the last steps (default: 3)")
+    trace.set_defaults(function=_trace)
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from grpo_worker.report.trace import write_trace
+
+    for path in write_trace(options.run, options.steps):
+        print(path)
 
 
 def _watch(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from grpo_worker.coordinator.learner import Learner
 from grpo_worker.coordinator.loop import Parts, TrainingLoop
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Members
+from grpo_worker.coordinator.otlp import SpanExporter
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
 from grpo_worker.coordinator.run_log import RunLog
@@ -31,6 +32,7 @@ from grpo_worker.coordinator.run_state import check_same_model, describe_model
 from grpo_worker.coordinator.saver import Saver
 from grpo_worker.coordinator.schedule import Schedule
 from grpo_worker.coordinator.scoring import Scorer
+from grpo_worker.coordinator.spans import SPANS_BYTES, Spans
 from grpo_worker.coordinator.timing import StartupTimer
 from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.coordinator.validation import MakeDispatcher, OnDone, Validation
@@ -63,6 +65,7 @@ class Outside:
     directory: RunDirectory
     events: EventLog
     progress: Progress
+    spans: Spans
 
 
 async def build(
@@ -90,7 +93,7 @@ async def build(
         tokenizer, data, validation_prompts = await in_daemon_thread(_open_data, spec, directory, events)
     _check_decay(spec, data)
     with startup.part("rewards"):
-        scorer = await _start_scorer(spec, tokenizer, events, stack)
+        scorer = await _start_scorer(spec, tokenizer, outside, stack)
     make_dispatcher = _dispatchers(outside, None)
     if agent is not None and spec.rollout.agent is not None:
         runtime = await asyncio.to_thread(AgentRuntime, tokenizer.tokenizer)
@@ -140,6 +143,7 @@ async def build(
         progress=progress,
         emit=events.emit,
         startup=startup,
+        spans=outside.spans,
     )
     return TrainingLoop(spec, parts, updates)
 
@@ -171,13 +175,13 @@ def _check_decay(spec: Spec, data: BlockDataset) -> None:
 
 
 async def _start_scorer(
-    spec: Spec, tokenizer: TokenizerInfo, events: EventLog, stack: contextlib.AsyncExitStack
+    spec: Spec, tokenizer: TokenizerInfo, outside: Outside, stack: contextlib.AsyncExitStack
 ) -> Scorer:
     reward, dynamic = spec.reward, spec.algorithm.filter_groups
 
     def refused(message: str) -> None:
         text = f"reward.function asks to be tried again, and is for {reward.retry_seconds:g} s (reward.retrySeconds): {message}"
-        events.emit("warning", "RewardTryAgain", text)
+        outside.events.emit("warning", "RewardTryAgain", text)
 
     pool = RewardPool(
         reward.function,
@@ -195,6 +199,7 @@ async def _start_scorer(
         minimum_samples=min(2, spec.rollout.n),
         filter_metric=dynamic.metric if dynamic.enable else None,
         max_failure_ratio=reward.max_failure_ratio,
+        spans=outside.spans,
     )
     stack.push_async_callback(scorer.close)
     return scorer
@@ -217,7 +222,7 @@ def _schedule(spec: Spec, data: BlockDataset, cursor: Cursor, step: int) -> Sche
 def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) -> RunLog:
     """`keep`: the step after which earlier records are set aside; -1: all of them."""
     trainer, directory = job.spec.trainer, outside.directory
-    if lost := set_aside([directory.metrics, directory.ledger, directory.samples], keep):
+    if lost := set_aside([directory.metrics, directory.ledger, directory.samples, directory.spans], keep):
         names = ", ".join(path.name for path in lost.files)
         why = f"going on from step {keep}" if keep >= 0 else "starting anew in a directory that holds an earlier run"
         outside.events.emit(
@@ -234,7 +239,14 @@ def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) ->
         total_steps=total_steps,
         events=outside.events,
     )
-    return RunLog(loggers, StepFile(directory.ledger), StepFile(directory.samples), trainer.log_samples)
+    return RunLog(
+        loggers,
+        StepFile(directory.ledger),
+        StepFile(directory.samples),
+        StepFile(directory.spans, SPANS_BYTES),
+        SpanExporter.of_environment(job.name, job.metadata.namespace or "default"),
+        trainer.log_samples,
+    )
 
 
 def _dispatchers(outside: Outside, setup: AgentSetup | None) -> MakeDispatcher:

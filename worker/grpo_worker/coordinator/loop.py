@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from grpo_worker import logs
 from grpo_worker.config import Spec
 from grpo_worker.coordinator.collector import Collector
 from grpo_worker.coordinator.halt import Halt, Result
@@ -23,6 +24,7 @@ from grpo_worker.coordinator.run_state import RunState
 from grpo_worker.coordinator.saver import Saver
 from grpo_worker.coordinator.schedule import Schedule
 from grpo_worker.coordinator.scoring import Scorer, ScoreRange, nothing_to_train
+from grpo_worker.coordinator.spans import Spans
 from grpo_worker.coordinator.step_metrics import extra_reward_metrics, group_metrics, performance_metrics
 from grpo_worker.coordinator.timing import StartupTimer, Timer
 from grpo_worker.coordinator.trainer_client import TrainerLost
@@ -52,6 +54,7 @@ class Parts:
     progress: Progress
     emit: Emit
     startup: StartupTimer
+    spans: Spans
 
 
 class TrainingLoop:
@@ -107,7 +110,9 @@ class TrainingLoop:
 
     async def _one_step(self) -> bool:
         """One step; False when the data has ended or a stop was asked for before it began."""
-        parts, schedule, timer = self._parts, self._parts.schedule, Timer()
+        parts, schedule = self._parts, self._parts.schedule
+        timer = Timer(spans=parts.spans)
+        logs.at(step=self._step + 1, version=self._step)
         batch = await self._collector.next_batch(timer)
         if batch is None:
             return False
@@ -250,6 +255,7 @@ class TrainingLoop:
         self._logged_step = self._step
         self._metrics["epoch"] = self._epoch()
         await self._parts.log.metrics(self._step, self._metrics)
+        await self._parts.log.spans(self._step, self._parts.spans.take())
         await asyncio.to_thread(self._parts.progress.measure_disks)
 
     def _state(self) -> RunState:

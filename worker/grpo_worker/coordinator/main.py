@@ -19,6 +19,7 @@ from grpo_worker.coordinator.loop import TrainingLoop
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.progress import Progress
+from grpo_worker.coordinator.spans import Spans
 from grpo_worker.coordinator.timing import StartupTimer
 from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.coordinator.weight_sync import WeightSync
@@ -60,7 +61,8 @@ class Coordinator:
         """Returns how far the run got (`Progress.last_word`). Raises GRPOError, with the same as its context."""
         network = self._spec.network
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20) as session:
-            client = MemberClient(session, self._members, self._token)
+            spans = Spans()
+            client = MemberClient(session, self._members, self._token, spans)
             self._trainer = TrainerClient(client, self._members, network.request_timeout_seconds)
             self._weights = WeightSync(
                 client,
@@ -93,6 +95,7 @@ class Coordinator:
                 self._directory,
                 self._events,
                 self._progress,
+                spans,
             )
             app = make_app(self._token, self._members, self._progress, self._reply, self._stop)
             port = int(os.environ.get(COORDINATOR_PORT) or network.coordinator_port)

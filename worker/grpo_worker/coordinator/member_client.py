@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from grpo_worker.coordinator.members import Member, Members
+from grpo_worker.coordinator.spans import Spans
 from grpo_worker.errors import PeerLostError
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.http import RefusedError, ask, asking
@@ -29,8 +30,12 @@ class LateError(PeerLostError):
 class MemberClient:
     """Asks members, and watches them meanwhile."""
 
-    def __init__(self, session: aiohttp.ClientSession, members: Members, token: str) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, members: Members, token: str, spans: Spans | None = None
+    ) -> None:
+        """`spans`: gets one of each request."""
         self._session = session
+        self._spans = spans or Spans()
         self._members = members
         self._token = token
 
@@ -40,7 +45,11 @@ class MemberClient:
         """One message for one message. Raises RefusedError, PeerLostError."""
         url = f"{member.url}{path}"
         work = ask(self._session, url, message, kind, self._token, timeout_seconds)
-        return await self._while_it_lives(member, what, work)
+        # The trainer has one path for all that it does; an engine is asked for different things in different words.
+        with self._spans.of(member.name, what if member.beat.role == "trainer" else path.rpartition("/")[2]) as facts:
+            reply = await self._while_it_lives(member, what, work)
+            facts |= _seconds(reply)
+            return reply
 
     async def generate(
         self, member: Member, request: GenerateRequest, on_result: Callable[[GroupResult], None]
@@ -59,7 +68,9 @@ class MemberClient:
                         return frame
                     on_result(frame)
 
-        return await self._while_it_lives(member, f"generation of {len(request.prompts)} prompts", stream())
+        prompts = len(request.prompts)
+        with self._spans.of(member.name, "generate", prompts=prompts, version=request.min_weight_version):
+            return await self._while_it_lives(member, f"generation of {prompts} prompts", stream())
 
     async def _while_it_lives(self, member: Member, what: str, work: Coroutine[Any, Any, T]) -> T:
         asked, watching = asyncio.create_task(work), asyncio.create_task(self._members.watch(member, what))
@@ -84,3 +95,12 @@ class MemberClient:
         except PeerLostError as error:
             self._members.suspect(member)
             raise type(error)(f"{member.name} at {member.url} was lost during {what}: {error}") from error
+
+
+def _seconds(reply: Any) -> dict[str, float]:
+    """The times that a member measured itself."""
+    fields = {name: getattr(reply, name) for name in reply.__struct_fields__ if name.endswith("seconds")}
+    metrics = getattr(reply, "metrics", {})
+    return fields | {
+        name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/")
+    }

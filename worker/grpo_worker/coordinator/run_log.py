@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_worker.coordinator.groups import Group, Sample
+from grpo_worker.coordinator.otlp import SpanExporter
 from grpo_worker.coordinator.schedule import Batch
 from grpo_worker.metric_loggers import MetricLoggers, StepFile
 
@@ -16,11 +17,21 @@ from grpo_worker.metric_loggers import MetricLoggers, StepFile
 class RunLog:
     """One call an occasion; `metrics` may be written again for the same step."""
 
-    def __init__(self, loggers: MetricLoggers, ledger: StepFile, samples: StepFile, samples_kept: int) -> None:
-        """`samples_kept`: completions of each step and each validation."""
+    def __init__(
+        self,
+        loggers: MetricLoggers,
+        ledger: StepFile,
+        samples: StepFile,
+        spans: StepFile,
+        exporter: SpanExporter | None,
+        samples_kept: int,
+    ) -> None:
+        """`exporter`: gets the spans too; `samples_kept`: completions of each step and each validation."""
         self._loggers = loggers
         self._ledger = ledger
         self._samples = samples
+        self._spans = spans
+        self._exporter = exporter
         self._samples_kept = samples_kept
 
     async def batch(self, step: int, batch: Batch) -> None:
@@ -36,8 +47,16 @@ class RunLog:
         """Raises ConfigError when the disk is full."""
         await asyncio.to_thread(self._loggers.log, step, dict(metrics))
 
+    async def spans(self, step: int, spans: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ConfigError when the disk is full."""
+        await asyncio.to_thread(self._spans.write, step, {"spans": spans})
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.export, step, spans)
+
     def close(self) -> None:
-        for each in (self._loggers, self._ledger, self._samples):
+        if self._exporter is not None:
+            self._exporter.close()
+        for each in (self._loggers, self._ledger, self._samples, self._spans):
             each.close()
 
     def _batch(self, step: int, batch: Batch) -> None:

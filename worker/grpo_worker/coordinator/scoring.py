@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_worker.algorithms import has_signal
 from grpo_worker.coordinator.groups import Group, GroupState, Sample
+from grpo_worker.coordinator.spans import Spans
 from grpo_worker.errors import DataError
 from grpo_worker.rewards.base import RewardInput
 from grpo_worker.rewards.pool import RewardOutcome, RewardPool
@@ -99,13 +100,16 @@ class Scorer:
         minimum_samples: int,
         filter_metric: str | None,
         max_failure_ratio: float,
+        spans: Spans | None = None,
     ) -> None:
         """
         Args:
             minimum_samples: a group with fewer scored samples has failed.
             filter_metric: `score` or `accuracy` for dynamic sampling, None for none.
+            spans: gets one of each group.
         """
         self._pool = pool
+        self._spans = spans or Spans()
         self._tokenizer = tokenizer
         self._minimum_samples = minimum_samples
         self._filter_metric = filter_metric
@@ -164,7 +168,8 @@ class Scorer:
         ]
 
     async def _run(self, group: Group, on_end: Callable[[Group], None]) -> None:
-        await self.score(group)
+        with self._spans.of("rewards", "score", prompt=group.uid):
+            await self.score(group)
         if len(group.samples) < self._minimum_samples:
             group.state = GroupState.FAILED
             group.failure = f"only {len(group.samples)} samples could be scored: {self.counts.last_message}"

@@ -9,19 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from grpo_worker.coordinator.spans import Spans
+
 
 class Timer:
     """Counts from `since` (monotonic; default now)."""
 
-    def __init__(self, since: float | None = None) -> None:
+    def __init__(self, since: float | None = None, spans: Spans | None = None) -> None:
+        """`spans`: gets one of each part."""
         self.seconds: dict[str, float] = {}
+        self._spans = spans or Spans()
         self._started = time.monotonic() if since is None else since
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         try:
-            yield
+            with self._spans.of("step", name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 

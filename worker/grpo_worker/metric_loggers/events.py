@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from grpo_worker import logs
+
 Level = Literal["info", "warning", "error"]
 MAX_MESSAGE_CHARACTERS = 4000
 MAX_WAITING_EVENTS = 10_000
@@ -74,17 +76,16 @@ class EventLog:
             self._write(event)
 
     def _write(self, event: Event) -> None:
-        prefix = "" if event["level"] == "info" else f"{event['level']}: "
-        clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         if self._echo:
-            _to_stderr(f"{clock} {self.role}: {prefix}{event['message']}")
+            _to_stderr(logs.line(event["time"], event["level"], event["message"], self.role, reason=event["reason"]))
         # A write that failed may have left half a line: the line break in front keeps the next event whole.
         line = ("\n" if self._failing else "") + json.dumps(event, ensure_ascii=False) + "\n"
         try:
             _append(self.path, line.encode("utf-8", errors="replace"))
         except OSError as error:
             if not self._failing:
-                _to_stderr(f"{clock} {self.role}: warning: {self.path} cannot be written: {error.strerror}")
+                message = f"{self.path} cannot be written: {error.strerror}"
+                _to_stderr(logs.line(event["time"], "warning", message, self.role))
             self._failing = True
         else:
             self._failing = False

@@ -1,7 +1,8 @@
-"""metrics.jsonl, ledger.jsonl and samples.jsonl: JSON lines that each carry their `step`, the run's memory.
+"""metrics.jsonl, ledger.jsonl, samples.jsonl and spans.jsonl: JSON lines that each carry their `step`, the run's memory.
 
 Invariant: the files hold whole lines of this run alone. A run that goes on from step S first sets aside what they hold of later steps, so
-the ledger counts each trained prompt once; a run that starts anew sets everything aside. Nothing that was written whole is deleted.
+the ledger counts each trained prompt once; a run that starts anew sets everything aside. Nothing that was written whole is deleted,
+but for old spans.
 """
 
 import json
@@ -80,8 +81,10 @@ def _step_of(line: bytes) -> int | None:
 class StepFile:
     """Appends; a line is in the file when `write` returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
+        """`keep_bytes`: over this size the older half of the lines goes, of a file that is only of use for a while."""
         self.path = path
+        self._keep_bytes = keep_bytes
         self._places: dict[int, int] = {}  # where each step that was written here begins
         with storage_errors(path.parent, f"opening {path.name}", "the run directory"):
             self._file = path.open("ab", buffering=0)
@@ -100,9 +103,18 @@ class StepFile:
             self._places.setdefault(step, os.fstat(self.fileno()).st_size)
             while data:
                 data = data[os.write(self.fileno(), data) :]
+            if self._keep_bytes is not None and os.fstat(self.fileno()).st_size > self._keep_bytes:
+                self._halve()
 
     def close(self) -> None:
         self._file.close()
+
+    def _halve(self) -> None:
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        with whole_file(self.path) as temporary:
+            temporary.write_bytes(b"".join(lines[(len(lines) + 1) // 2 :]))
+        self.close()
+        self._file, self._places = self.path.open("ab", buffering=0), {}
 
 
 class JsonlLogger(StepFile):

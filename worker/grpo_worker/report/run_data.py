@@ -84,7 +84,7 @@ def read_run(run_dir: Path) -> RunData:
 def _metrics(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
     by_step = {
         raw["step"]: raw
-        for raw in _objects(run_dir / "metrics.jsonl", problems)
+        for raw in objects(run_dir / "metrics.jsonl", problems)
         if isinstance(raw.get("step"), int) and not isinstance(raw["step"], bool)
     }
     return [by_step[step] for step in sorted(by_step)]
@@ -94,7 +94,7 @@ def _samples(run_dir: Path, problems: list[str]) -> tuple[list[SamplePair], str]
     """First and last completion of each prompt, in file order; training samples only when there are no others."""
     first: dict[str, dict[str, Sample]] = {"validation": {}, "train": {}}
     last: dict[str, dict[str, Sample]] = {"validation": {}, "train": {}}
-    for raw in _objects(run_dir / "samples.jsonl", problems):
+    for raw in objects(run_dir / "samples.jsonl", problems):
         kind = str(raw.get("kind", "validation"))
         step = raw.get("step")
         if kind not in first or not isinstance(step, int):
@@ -133,7 +133,7 @@ def _job(run_dir: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
     return text, job if isinstance(job, Mapping) else {}
 
 
-def _objects(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+def objects(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, a line at a time; lines that are none are counted."""
     bad = 0
     try:

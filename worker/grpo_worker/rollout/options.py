@@ -128,12 +128,15 @@ def log_configuration(log_file: Path) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"}},
+        "formatters": {
+            "plain": {"format": "%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"},
+            "ours": {"()": "grpo_worker.logs.Formatter"},
+        },
         "handlers": {
             "stderr": {
                 "class": "logging.StreamHandler",
                 "level": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-                "formatter": "plain",
+                "formatter": "ours",
                 "stream": "ext://sys.stderr",
             },
             "file": {"class": "logging.FileHandler", "level": "ERROR", "formatter": "plain", "filename": str(log_file)},

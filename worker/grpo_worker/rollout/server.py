@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
+from grpo_worker import logs
 from grpo_worker.errors import GRPOError, StalledError
 from grpo_worker.protocol import codec
 from grpo_worker.protocol.http import answer, door, read, refused
@@ -95,6 +96,7 @@ class RolloutServer:
             raise
         finally:
             metrics.serving(self._engine.weight_version)
+        logs.at(version=reply.version)
         metrics.WEIGHT_SYNC_BYTES.inc(reply.bytes)
         for part in ("pull", "apply", "pause", "total"):
             metrics.WEIGHT_SYNC_SECONDS.labels(part).observe(getattr(reply, f"{part}_seconds"))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import assert_never
 
+from grpo_worker import logs
 from grpo_worker.environment import DEVICE_COUNT
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import (
@@ -127,8 +128,10 @@ class TrainerEngine:
             case LogProbsRequest():
                 return self.log_probs(request)
             case UpdateRequest():
+                logs.at(step=request.step)
                 return self.update(request)
             case PublishRequest():
+                logs.at(version=request.version)
                 return self.publish(request)
             case SaveRequest():
                 return SaveReply(stall_seconds=self.shards.save(Path(request.directory), self.state))
