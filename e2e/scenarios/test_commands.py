@@ -1,9 +1,15 @@
 """`grpo submit`, `status`, `logs`, `stop` and `resume` against a real cluster, as a person types them."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from e2e.cluster.host import wait_until
 from e2e.scenarios.training import EXAMPLE, Job, Tenant
 
 
@@ -25,6 +31,31 @@ def fields(**values: object) -> list[str]:
     return [word for name, value in (common | values).items() for word in ("--set", f"{name}={value}")]
 
 
+@contextmanager
+def watched(tenant: Tenant, job: Job) -> Iterator[Callable[[], int]]:
+    """`grpo watch JOB`: asks its page for the newest step."""
+    command = [sys.executable, "-m", "grpo_worker.cli.main", "watch", job.name, "-n", tenant.namespace]
+    environment = {**os.environ, "KUBECONFIG": str(tenant.cluster.kubeconfig), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = re.search(r"http://\S+", line)
+
+        def newest_step() -> int:
+            assert address, f"{line!r}, exit code {process.poll()}"
+            with urllib.request.urlopen(address[0], timeout=60) as answer:
+                page = answer.read().decode()
+            assert '<meta http-equiv="refresh"' in page and job.name in page
+            found = re.search(r"(\d+) steps", page)
+            assert found, page[:3000]
+            return int(found[1])
+
+        try:
+            yield newest_step
+        finally:
+            process.terminate()
+
+
 def test_a_job_is_submitted_looked_at_stopped_and_resumed(tenant: Tenant) -> None:
     job = Job(tenant, "typed")
     endless = fields(**{"metadata.name": job.name, "trainer.totalSteps": 100_000})
@@ -38,6 +69,20 @@ def test_a_job_is_submitted_looked_at_stopped_and_resumed(tenant: Tenant) -> Non
     assert job.name in listed.stdout, listed
     logs = grpo(tenant, "logs", job.name, "--role", "coordinator")
     assert "Rollout: generating 32 prompts x 8 samples = 256 trajectories" in logs.stdout, logs
+    assert not re.search(r'^\{"time"', logs.stdout, re.MULTILINE), "lines to read"
+    for line in tenant.kubectl("logs", f"{job.name}-coordinator").splitlines():
+        entry = json.loads(line)
+        assert (entry["job"], entry["namespace"], entry["member"], entry["attempt"]) == (
+            job.name,
+            tenant.namespace,
+            "coordinator",
+            0,
+        )
+
+    with watched(tenant, job) as newest_step:
+        seen = newest_step()
+        job.until_step(seen + 2)
+        wait_until(lambda: newest_step() > seen, "the page to follow", timeout_seconds=30)
 
     stopped = grpo(tenant, "stop", job.name, timeout_seconds=200)
     assert stopped.returncode == 0, stopped

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def step(run: Path, number: int) -> None:
 
 def test_it_follows_the_run_and_stops_with_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "REFRESH_SECONDS", 0)
-    page = LivePage(run)
+    page = LivePage(run, partial(runs_now, run))
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert runs_now(run)
@@ -46,14 +47,14 @@ def test_it_follows_the_run_and_stops_with_it(run: Path, monkeypatch: pytest.Mon
         live_text = page.text()
         monkeypatch.setattr(live, "REFRESH_SECONDS", 5)
     assert not runs_now(run)
-    page = LivePage(run)
+    page = LivePage(run, partial(runs_now, run))
     assert REFRESH not in page.text() and "Reward" in page.text()
     assert "0.300" in live_text or "0.3" in live_text
 
 
 def test_a_page_is_made_once_for_all_who_ask_in_the_same_seconds(run: Path) -> None:
     step(run, 1)
-    page = LivePage(run)
+    page = LivePage(run, partial(runs_now, run))
     first = page.text()
     step(run, 2)
     assert page.text() is first

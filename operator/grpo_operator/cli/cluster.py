@@ -118,6 +118,38 @@ class Cluster:
             response.release_conn()
             response.close()
 
+    def execute(self, namespace: str, pod: str, command: list[str]) -> bytes:
+        """What a command prints in the worker's container of a pod. Raises GRPOError."""
+        import websocket
+        from kubernetes.client import CoreV1Api
+        from kubernetes.client.exceptions import ApiException
+        from kubernetes.stream import stream
+
+        asked = Asked("create", f"an exec in pod {pod}", namespace, self.name)
+        websocket.setdefaulttimeout(CONNECT_SECONDS)
+        try:
+            opened = stream(
+                CoreV1Api(self._client).connect_get_namespaced_pod_exec, pod, namespace, container=labels.CONTAINER,
+                command=command, stdin=False, stdout=True, stderr=True, tty=False, binary=True, _preload_content=False,
+            )  # fmt: skip
+            try:
+                opened.run_forever(timeout=REQUEST_SECONDS)
+                if opened.is_open():
+                    raise Unreachable(f"{self.name}: pod {pod} did not answer within {REQUEST_SECONDS:.0f} s")
+                said: bytes = opened.read_stdout()
+                if opened.returncode:
+                    words = opened.read_stderr().decode(errors="replace").strip()
+                    raise ConfigError(f"{self.name}: a command in pod {pod} ended with {opened.returncode}: {words}")
+            finally:
+                opened.close()
+        except ApiException as error:
+            if not error.status:
+                raise Unreachable(f"{self.name}: no way into pod {pod}: {error.reason}") from error
+            raise explain(error.status, str(error.body or error.reason).encode(), asked) from error
+        except (websocket.WebSocketException, OSError) as error:
+            raise Unreachable(f"{self.name}: the way into pod {pod} broke off: {_cause(error)}") from error
+        return said
+
     def _list(self, path: str, query: Query, asked: Asked) -> list[Json]:
         """All pages of a list."""
         items: list[Json] = []

@@ -5,6 +5,8 @@ Invariant: parsing needs nothing but argparse; a command's module is imported wh
 
 import argparse
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 from grpo_operator.cli.tools import Tools
@@ -13,17 +15,21 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_commands(commands: Commands, tools: Tools) -> None:
-    """Add `submit`, `status`, `logs`, `stop` and `resume`. `tools` comes from the `grpo` command that they become part of."""
+    """Add `submit`, `status`, `logs`, `stop` and `resume`, and jobs to `watch`. `tools` comes from the `grpo` command that they become part of."""
     access = _access()
     _add_submit(commands, access, tools)
     _add_status(commands, access, tools)
     _add_logs(commands, access)
     _add_stop_and_resume(commands, access)
+    if (watch := commands.choices.get("watch")) is not None:
+        _access(watch).set_defaults(
+            function=functools.partial(_watch, tools=tools, a_run=watch.get_default("function"))
+        )
 
 
-def _access() -> argparse.ArgumentParser:
-    """The options that say which cluster and namespace are meant."""
-    access = argparse.ArgumentParser(add_help=False)
+def _access(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
+    """The options that say which cluster and namespace are meant, on a parser of their own or on this one."""
+    access = parser or argparse.ArgumentParser(add_help=False)
     group = access.add_argument_group("cluster")
     group.add_argument("-n", "--namespace", help="namespace (default: that of the kubeconfig's context)")
     group.add_argument("--context", help="context of the kubeconfig (default: its current one)")
@@ -135,6 +141,16 @@ def _logs(options: argparse.Namespace) -> None:
     from grpo_operator.cli.logs import logs
 
     logs(options)
+
+
+def _watch(options: argparse.Namespace, tools: Tools, a_run: Callable[[argparse.Namespace], None]) -> None:
+    """A directory of this machine is a run; anything else is the name of a job."""
+    if options.run.parent != Path() or options.run.is_dir():
+        a_run(options)
+        return
+    from grpo_operator.cli.watch import watch
+
+    watch(options, tools)
 
 
 def _stop(options: argparse.Namespace) -> None:

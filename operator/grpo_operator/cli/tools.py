@@ -3,7 +3,8 @@
 Invariant: the operator's commands show a run by the same view as `grpo run` without importing it: the worker's command line injects it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 
@@ -19,6 +20,9 @@ class View(Protocol):
 
 class Tools(Protocol):
     """What `grpo_worker.cli` offers."""
+
+    def watch_run(self, directory: Path, port: int, goes_on: Callable[[], bool]) -> None:
+        """Serve the page of a run directory until interrupted; `goes_on` is asked before each new page. Raises GRPOError."""
 
     def open_view(self, stream: TextIO) -> View:
         """A live panel on a terminal, plain lines elsewhere."""

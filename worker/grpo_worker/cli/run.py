@@ -43,7 +43,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="serve a run's report as a page that follows it",
         description="Serve the report of a run as a page that updates while the run goes on, for a browser on this machine.",
     )
-    watch.add_argument("run", type=Path, help="the run directory")
+    watch.add_argument("run", type=Path, help="the run directory; or the name of a job on a cluster")
     watch.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
     watch.set_defaults(function=_watch)
 

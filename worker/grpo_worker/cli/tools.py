@@ -3,6 +3,8 @@
 Invariant: a package that adds commands shows a run as `grpo run` does without importing the worker: what it needs is handed to it.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from grpo_worker.errors import ConfigError
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
 
 class Tools:
     """Handed to the functions of the entry point group `grpo.commands`."""
+
+    def watch_run(self, directory: Path, port: int, goes_on: Callable[[], bool]) -> None:
+        """The page of `grpo watch`."""
+        from grpo_worker.report.live import watch_run
+
+        watch_run(directory, port, goes_on)
 
     def open_view(self, stream: TextIO) -> "View":
         """The view of `grpo run`. Raises ConfigError where rich is not installed."""

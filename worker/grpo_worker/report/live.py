@@ -5,6 +5,8 @@ Invariant: the page is the report's own, made anew when the run's files have cha
 
 import fcntl
 import time
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from threading import Lock
@@ -20,18 +22,19 @@ from grpo_worker.run_directory import RunDirectory
 REFRESH_SECONDS = 5
 
 
-def watch_run(directory: Path, port: int) -> None:
+def watch_run(directory: Path, port: int, goes_on: Callable[[], bool] | None = None) -> None:
     """Serve the page of a run until interrupted.
 
     Args:
         port: 0 for any free one.
+        goes_on: asked before each new page; default: whether a `grpo run` has the directory.
 
     Raises:
         DataError: no such directory. ConfigError: the port is in use.
     """
     if not directory.is_dir():
         raise DataError(f"{directory}: no such run directory. `grpo run` makes runs/NAME.")
-    page = LivePage(directory)
+    page = LivePage(directory, goes_on or partial(runs_now, directory))
     with serve_pages("--port", port, "text/html; charset=utf-8", {"/": page.text}) as address:
         print(f"{directory.name}: {address}  (Ctrl-C ends it, not the run)", flush=True)
         while True:
@@ -53,15 +56,16 @@ def runs_now(directory: Path) -> bool:
 class LivePage:
     """The newest page; made once for all who ask in the same seconds."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, goes_on: Callable[[], bool]) -> None:
         self._directory = directory
+        self._goes_on = goes_on
         self._lock = Lock()
         self._text, self._made_at = "", float("-inf")
 
     def text(self) -> str:
         with self._lock:
             if time.monotonic() - self._made_at >= REFRESH_SECONDS / 2:
-                self._text = self._render(REFRESH_SECONDS if runs_now(self._directory) else None)
+                self._text = self._render(REFRESH_SECONDS if self._goes_on() else None)
                 self._made_at = time.monotonic()
             return self._text
 
