@@ -1,11 +1,15 @@
 """What a person sees: every expression of every dashboard has data while a job trains, and alerts fire on what they are for, and resolve."""
 
+import os
 import signal
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import yaml
 from charts.dashboards.__main__ import DASHBOARDS
+from charts.dashboards.pictures import Server, write_pictures
 from e2e.cluster.host import wait_until
 from e2e.cluster.node import Node
 from e2e.scenarios.containers import kill_container
@@ -17,6 +21,8 @@ MONITORS = (
     "metrics.namespaces={monitoring}", "metrics.serviceMonitor.enabled=true", "metrics.podMonitor.enabled=true",
     "metrics.rules.enabled=true",
 )  # fmt: skip
+RATE_INTERVAL = "30s"
+DISK_MEBIBYTES = 400
 # Nothing is learned while the file is there.
 REWARD = """
 import os, random
@@ -46,8 +52,9 @@ EMPTY = {
 
 
 def test_dashboards_have_data_and_alerts_fire_and_resolve(
-    tenant: Tenant, release: Release, own_node: Node, tmp_path: Path
+    make_tenant: Callable[..., Tenant], release: Release, own_node: Node, tmp_path: Path
 ) -> None:
+    tenant, began = make_tenant(DISK_MEBIBYTES), time.time()
     rendered = release.cluster.helm("template", NAME, str(CHART), "--namespace", NAMESPACE, "--kube-version=v1.36.0", *(word for value in MONITORS for word in ("--set", value)))  # fmt: skip
     monitors = [
         document for document in yaml.safe_load_all(rendered) if document and "monitoring" in document["apiVersion"]
@@ -86,6 +93,12 @@ def test_dashboards_have_data_and_alerts_fire_and_resolve(
         assert up == {("coordinator", "0"), ("trainer", "0"), ("rollout", "0"), ("rollout", "1")}
         assert not watching.query("up == 0"), "nothing is scraped that does not serve"
 
+        # The workspace fills up.
+        tenant.shell("sh", "-c", "fallocate -l $(($(df --output=avail -B1 . | tail -1) - (20 << 20))) ballast")
+        watching.until_firing("GRPODiskFilling", timeout_seconds=120)
+        tenant.shell("rm", "ballast")
+        watching.until_quiet("GRPODiskFilling", timeout_seconds=120)
+
         # The coordinator hangs: it does not answer, and no step is finished.
         coordinator = job.pods("coordinator")[f"{job.name}-coordinator"]
         kill_container(coordinator, signal.SIGSTOP)
@@ -99,6 +112,9 @@ def test_dashboards_have_data_and_alerts_fire_and_resolve(
             wait_until(partial(restarted, job, attempt), f"restart {attempt}", timeout_seconds=120)
         watching.until_firing("GRPOJobRestartLoop", timeout_seconds=60)
         watching.until_quiet("GRPOJobRestartLoop", timeout_seconds=240)
+        looked_at = Server(watching.url, began, time.time(), RATE_INTERVAL)
+        for picture in write_pictures(looked_at, Path(os.environ.get("GRPO_PICTURES", tmp_path))):
+            assert picture.stat().st_size > 10_000
     job.delete()
 
 
@@ -128,7 +144,7 @@ def missing(watching: Prometheus, namespace: str) -> list[str]:
                 asked = (
                     expression.replace("$namespace", namespace)
                     .replace("$grpojob", ".*")
-                    .replace("$__rate_interval", "30s")
+                    .replace("$__rate_interval", RATE_INTERVAL)
                 )
                 if not watching.query(asked) and not any(part in expression for part in EMPTY):
                     found.append(f"{page.uid}, {panel.title}, {legend}: {asked}")
