@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 from e2e.cluster.build import build
 from e2e.cluster.recipe import CONTROL_PLANE
+from hypothesis import settings
 
 FOLDERS = ("kubernetes", "chart")
+
+# No limit on an example's time: on a busy machine it would judge the machine.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

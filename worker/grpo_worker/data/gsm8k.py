@@ -1,11 +1,10 @@
 """GSM8K (Cobbe et al., 2021, arXiv:2110.14168) as training data.
 
-Invariant: every row's ground truth is the number after the last `####` of its answer, without commas. A row that has
-none stops the conversion and is named: no row is skipped.
+Invariant: every row's ground truth is the one number after the last `####` of its answer, as the grader reads it. A row that has
+none, or several, stops the conversion and is named: no row is skipped.
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ import pyarrow.parquet as pq
 from grpo_worker.data.schema import MAGIC, check_is_parquet
 from grpo_worker.data.write import ROW_GROUP_ROWS, refuse_existing, write_shuffled
 from grpo_worker.errors import DataError, UsageError
+from grpo_worker.rewards.gsm8k import MARK, parse_ground_truth
+from grpo_worker.rewards.numbers import as_text
 
 Split = Literal["train", "test"]
 
 INSTRUCTION = 'Reason step by step, and put the final number after "####".'
 
-_NUMBER = re.compile(r"\s*([-+]?\s*\$?\s*[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))")
 _TEXT_COLUMNS = ("prompt", "response", "reward", "split")
 _SCHEMA = pa.schema([*((name, pa.string()) for name in _TEXT_COLUMNS), ("index", pa.int64())])
 
@@ -36,10 +36,11 @@ class Written:
 
 
 def final_number(answer: str) -> str | None:
-    """The number after the last `####`: digits, a point, a minus sign; None when there is none."""
-    _, marker, tail = answer.rpartition("####")
-    found = _NUMBER.match(tail)
-    return re.sub(r"[,$+\s]", "", found[1]) if marker and found else None
+    """The one number after the last `####`, as digits, a point and a minus sign, or `a/b`; None when there is none, or several."""
+    try:
+        return as_text(parse_ground_truth(answer)) if MARK in answer else None
+    except ValueError:
+        return None
 
 
 def convert_gsm8k(
@@ -68,7 +69,7 @@ def convert_gsm8k(
             reward = final_number(answer)
             if reward is None:
                 raise DataError(
-                    f"{path}: row {number} has no number after '####' in its answer ({answer[-40:]!r}). "
+                    f"{path}: row {number} has not one number after '####' in its answer ({answer[-40:]!r}). "
                     "Correct or remove the row."
                 )
             prompt = f"{question}\n{instruction}" if instruction else question

@@ -1,23 +1,18 @@
 """GSM8K: does the response end in the right number?
 
-Invariant: the numbers are compared as decimals, so `1,234`, `$1234` and `1234.00` are one answer. Where verl and
-lm-eval compare texts, this accepts more spellings of the right number and no other number.
+Invariant: numbers are compared as exact values, so `1,234`, `$1234` and `1234.00` are one answer. Where verl and lm-eval compare texts, this
+accepts more spellings of the right number and no other number. What a number is: `rewards/numbers.py`.
 """
 
-import re
-from decimal import Decimal
+from fractions import Fraction
 from typing import Literal
 
 from grpo_worker.rewards.base import RewardInput, RewardResult
+from grpo_worker.rewards.numbers import number_at, numbers, only_number
 
 Method = Literal["strict", "flexible"]
 METHODS = ("strict", "flexible")
-
-# Commas group digits as in verl's `[0-9\.\,]+`. A minus right after a digit, letter or bracket is an operator: "3-4"
-# ends in 4.
-_NUMBER = r"(?:(?<![\w.)\]])[-\u2212])?\$?(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
-_ANY_NUMBER = re.compile(_NUMBER)
-_MARKED_NUMBER = re.compile(rf"####[ \t]*(\$?{_NUMBER})")
+MARK = "####"
 
 
 def check_options(method: str = "flexible", **_: object) -> None:
@@ -26,10 +21,28 @@ def check_options(method: str = "flexible", **_: object) -> None:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
 
 
-def extract_number(text: str, method: Method = "flexible") -> Decimal | None:
-    """The last number of `text` (flexible), or the number after the last `####` (strict)."""
-    found = (_MARKED_NUMBER if method == "strict" else _ANY_NUMBER).findall(text)
-    return _decimal(found[-1]) if found else None
+def extract_number(text: str, method: Method = "flexible") -> Fraction | None:
+    """The last number of `text` (flexible), or the number right after the last `####` (strict)."""
+    if method == "strict":
+        _, mark, tail = text.rpartition(MARK)
+        found = number_at(tail) if mark else None
+    else:
+        found = max(numbers(text), key=lambda number: number.start, default=None)
+    return None if found is None else found.value
+
+
+def parse_ground_truth(text: str) -> Fraction:
+    """The one number of the text; of GSM8K's worked answer, of the line after the last `####`.
+
+    Raises:
+        ValueError: it holds none, or several.
+    """
+    _, mark, tail = text.rpartition(MARK)
+    value = only_number(tail.strip().partition("\n")[0] if mark else text)
+    if value is None:
+        where = f" after {MARK}" if mark else ""
+        raise ValueError(f"the ground truth {text[-80:]!r} does not hold exactly one number{where}")
+    return value
 
 
 def gsm8k(
@@ -40,19 +53,11 @@ def gsm8k(
     The ground truth is the number, or GSM8K's whole worked answer with `#### number` at its end.
 
     Raises:
-        ValueError: the ground truth holds no number.
+        ValueError: the ground truth does not hold exactly one number.
     """
-    gold = extract_number(sample.ground_truth, "strict")
-    if gold is None:
-        gold = extract_number(sample.ground_truth)
-    if gold is None:
-        raise ValueError(f"the ground truth {sample.ground_truth[:80]!r} holds no number")
+    gold = parse_ground_truth(sample.ground_truth)
     answer = extract_number(sample.response, method)
     if answer is None:
         return RewardResult(0.0, accuracy=0.0)
     correct = answer == gold
     return RewardResult(score if correct else format_score, accuracy=float(correct))
-
-
-def _decimal(number: str) -> Decimal:
-    return Decimal(number.replace(",", "").replace("$", "").replace("\u2212", "-"))
