@@ -1,6 +1,7 @@
 """Samples that cannot be scored are left out and counted, never scored zero; the real pool does the scoring."""
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -68,6 +69,29 @@ async def test_a_sample_gets_its_text_and_its_reward(rewards: Path, tokenizer: P
     assert [(r.score, r.accuracy) for r in results if r] == [(1.0, 1.0), (0.5, 1.0), (0.0, 0.0)]
     assert all(r.extra == {"seen": 1.0} for r in results if r)
     assert scorer.take_counts().failed == 0
+
+
+async def test_a_thinking_tag_that_is_a_special_token_is_seen_by_the_format(tokenizer: PreTrainedTokenizerBase) -> None:
+    thinking = copy.deepcopy(tokenizer)
+    thinking.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
+    async with RewardPool("format", {}, 1, 5.0, 60.0) as pool:
+        scorer = Scorer(pool, thinking, minimum_samples=2, filter_metric=None, max_failure_ratio=0.5)
+        (one,) = await ended(scorer, group(thinking, "<think>1</think><answer>2</answer>", "1 2"))
+        await scorer.close()
+    assert [sample.text for sample in one.samples] == ["12", "1 2"]
+    assert [sample.raw_text for sample in one.samples] == ["<think>1</think><answer>2</answer>", "1 2"]
+    assert [sample.reward.score for sample in one.samples if sample.reward] == [1.0, 0.0]
+
+
+async def test_a_response_that_was_cut_off_keeps_its_last_token(
+    rewards: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    async with scoring(rewards, tokenizer) as scorer:
+        cut = group(tokenizer, "1", "0")
+        for each in cut.samples:
+            each.token_ids = each.token_ids[:-1]
+        (one,) = await ended(scorer, cut)
+    assert [sample.raw_text for sample in one.samples] == ["1", "0"]
 
 
 async def test_samples_that_cannot_be_scored_are_left_out_and_counted_by_kind(

@@ -30,7 +30,8 @@ class Sample:
     log_probs: np.ndarray  # float32 [response tokens], the engine's; NaN where it was not asked for them
     finish_reason: str
     versions: list[VersionSpan]
-    text: str = ""
+    text: str = ""  # without special tokens
+    raw_text: str = ""  # with all but the one that ended it
     reward: RewardResult | None = None
     mask: np.ndarray | None = (
         None  # bool [response tokens], False where an agent observed; None: the engine sampled all

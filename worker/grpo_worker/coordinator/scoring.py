@@ -111,6 +111,7 @@ class Scorer:
         self._pool = pool
         self._spans = spans or Spans()
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self._minimum_samples = minimum_samples
         self._filter_metric = filter_metric
         self._max_failure_ratio = max_failure_ratio
@@ -157,9 +158,7 @@ class Scorer:
         """
         if not group.samples:
             return
-        texts = await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, group.samples)
-        for sample, text in zip(group.samples, texts, strict=True):
-            sample.text = text
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, group.samples)
         outcomes = await self._pool.score_many([_reward_input(group, sample) for sample in group.samples])
         group.samples = [
             sample
@@ -191,10 +190,14 @@ class Scorer:
         counts.last_message = f"prompt {group.uid}, {kind}: {outcome.failure.message}"
         return False
 
-    def _decode(self, samples: Sequence[Sample]) -> list[str]:
-        return list(
-            self._tokenizer.batch_decode([sample.token_ids.tolist() for sample in samples], skip_special_tokens=True)
-        )
+    def _decode(self, samples: Sequence[Sample]) -> None:
+        """Fill in the texts: without special tokens, and with all but the one that ended the response."""
+        token_ids = [sample.token_ids.tolist() for sample in samples]
+        bodies = [ids[:-1] if ids and ids[-1] in self._special_ids else ids for ids in token_ids]
+        texts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        raw_texts = self._tokenizer.batch_decode(bodies, skip_special_tokens=False)
+        for sample, text, raw_text in zip(samples, texts, raw_texts, strict=True):
+            sample.text, sample.raw_text = text, raw_text
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -212,6 +215,8 @@ def _reward_input(group: Group, sample: Sample) -> RewardInput:
         response_tokens=len(sample.token_ids),
         finish_reason=sample.finish_reason,
         uid=group.uid,
+        raw_response=sample.raw_text,
+        token_ids=sample.token_ids.tolist(),
     )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 class RewardInput:
     """One response with everything a reward function may want to know of it. Picklable when `data` is.
 
-    `data` holds the other columns of the prompt's row; `finish_reason` is the rollout engine's (`stop`, `length`, ...).
+    `data` holds the other columns of the prompt's row; `finish_reason` is the rollout engine's (`stop`, `length`, ...). `response` has no
+    special tokens; `raw_response` has all but the one that ended it, for models whose `<think>` is one. `token_ids` are all that was sampled.
     """
 
     prompt: str
@@ -25,6 +26,8 @@ class RewardInput:
     response_tokens: int = 0
     finish_reason: str = "stop"
     uid: str = ""
+    raw_response: str = ""
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,6 @@ def check_options(pattern: str = THINK_ANSWER, **_: object) -> None:
 
 
 def format_match(sample: RewardInput, *, pattern: str = THINK_ANSWER, weight: float = 1.0) -> RewardResult:
-    """`weight` when `pattern` (Python's `re`, with `.` matching newlines) matches the whole response, else 0."""
-    matched = re.compile(pattern, re.DOTALL).fullmatch(sample.response.strip())
+    """`weight` when `pattern` (Python's `re`, with `.` matching newlines) matches the whole response with its special tokens, else 0."""
+    matched = re.compile(pattern, re.DOTALL).fullmatch((sample.raw_response or sample.response).strip())
     return RewardResult(weight if matched else 0.0)
