@@ -53,6 +53,8 @@ def test_the_ids_are_those_of_the_tokenizer_itself(make_tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.enable_padding(length=60)
     encoded = PromptEncoder(tokenizer, 100).encode_batch(texts, str)
     assert [prompt.token_ids for prompt in encoded if prompt] == expected
+    begun = PromptEncoder(tokenizer, 100).encode("<bos>a", "row 0")
+    assert begun and begun.token_ids == tokenizer("a")["input_ids"], "one BOS, whoever wrote it"
     tokenizer.chat_template = "{{ messages[0].content }}"
     templated = PromptEncoder(tokenizer, 100).encode("ab", "row 0")
     assert templated and templated.token_ids == tokenizer("ab", add_special_tokens=False)["input_ids"]

@@ -37,7 +37,7 @@ from grpo_worker.coordinator.timing import StartupTimer
 from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.coordinator.validation import MakeDispatcher, OnDone, Validation
 from grpo_worker.coordinator.weight_sync import WeightSync
-from grpo_worker.data.dataset import BlockDataset, Prompt
+from grpo_worker.data.dataset import BlockDataset, Prompt, ScanReport
 from grpo_worker.data.order import Cursor
 from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
 from grpo_worker.environment import RESUME
@@ -158,13 +158,22 @@ def _open_data(spec: Spec, model: Path, events: EventLog) -> tuple[TokenizerInfo
     for note in tokenizer.notes:
         events.emit("warning", "Tokenizer", note)
     data = open_training_data(spec, tokenizer.tokenizer)
-    report = data.scan()
-    events.emit(
-        "info",
-        "DataLoaded",
-        f"Data: {report.kept} prompts, {report.dropped_overlong} over data.maxPromptLength left out",
-    )
-    return tokenizer, data, open_validation_prompts(spec, tokenizer.tokenizer)
+    _tell_of_data(events, "Data", data.scan())
+    validation_prompts, report = open_validation_prompts(spec, tokenizer.tokenizer)
+    if report is not None:
+        _tell_of_data(events, "Validation data", report)
+    return tokenizer, data, validation_prompts
+
+
+def _tell_of_data(events: EventLog, what: str, report: ScanReport) -> None:
+    text = f"{what}: {report.kept} prompts, the longest of {report.longest_prompt_tokens} tokens"
+    if report.dropped_overlong:
+        text += f"; {report.dropped_overlong} over data.maxPromptLength left out"
+    if report.truncated:
+        text += f"; {report.truncated} cut to data.maxPromptLength"
+    events.emit("info", "DataLoaded", text)
+    for note in report.notes:
+        events.emit("warning", "Data", note)
 
 
 def _check_decay(spec: Spec, data: BlockDataset) -> None:

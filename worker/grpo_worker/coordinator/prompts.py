@@ -9,7 +9,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from grpo_worker.config import Spec
-from grpo_worker.data.dataset import BlockDataset, FunctionDataset, Prompt, PromptDataset
+from grpo_worker.data.dataset import BlockDataset, FunctionDataset, Prompt, PromptDataset, ScanReport
 from grpo_worker.data.options import DataOptions
 from grpo_worker.data.tokenize import PromptEncoder
 
@@ -28,13 +28,13 @@ def open_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> BlockD
     return dataset
 
 
-def open_validation_prompts(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """All validation prompts, or the first `rollout.validation.maxPrompts`. Raises DataError."""
+def open_validation_prompts(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], ScanReport | None]:
+    """All validation prompts, or the first `rollout.validation.maxPrompts`, and what their files held. Raises DataError."""
     if not spec.data.validation_files:
-        return []
+        return [], None
     options = replace(_options(spec), shuffle=False, total_epochs=1, field="data.validationFiles")
     dataset = PromptDataset(spec.data.validation_files, options, _encoder(spec, tokenizer))
-    return list(itertools.islice(dataset.iterate(), spec.rollout.validation.max_prompts))
+    return list(itertools.islice(dataset.iterate(), spec.rollout.validation.max_prompts)), dataset.scan()
 
 
 def _options(spec: Spec) -> DataOptions:

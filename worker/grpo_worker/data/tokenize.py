@@ -89,11 +89,16 @@ class PromptEncoder:
             backend.no_truncation()
             backend.no_padding()
             encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-            return [encoding.ids for encoding in encodings]
+            return [self._with_one_bos(encoding.ids) for encoding in encodings]
         encoded = self.tokenizer(
             texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
         )
-        return [list(token_ids) for token_ids in encoded["input_ids"]]
+        return [self._with_one_bos(list(token_ids)) for token_ids in encoded["input_ids"]]
+
+    def _with_one_bos(self, token_ids: list[int]) -> list[int]:
+        """A text that begins with the BOS token gets no second one from the tokenizer."""
+        bos = self.tokenizer.bos_token_id
+        return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
     def _limit(
         self, token_ids: list[int], text: str, where: Callable[[int], str], position: int
