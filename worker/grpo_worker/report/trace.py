@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from grpo_worker.errors import ConfigError, DataError, UsageError
+from grpo_worker.errors import DataError, UsageError
 from grpo_worker.report.run_data import objects
 from grpo_worker.report.style import LIGHT
+from grpo_worker.report.write import write_whole
 from grpo_worker.run_directory import RunDirectory
-from grpo_worker.storage import whole_file
 
 WIDTH, LEFT, ROW, GAP, TOP = 1400, 120, 14, 10, 34
 TICKS = 8
@@ -50,14 +50,10 @@ def write_trace(run_dir: Path, steps: int) -> tuple[Path, Path]:
     spans = list(read_spans(RunDirectory(run_dir).spans, steps))
     if not spans:
         raise DataError(f"{run_dir}: no finished step to draw. spans.jsonl is written after each step.")
-    texts = {"trace.svg": draw(spans), "trace.json": json.dumps(chrome_trace(spans))}
-    for name, text in texts.items():
-        try:
-            with whole_file(run_dir / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{run_dir / name}: {error.strerror}. Make the run directory writable.") from error
-    return run_dir / "trace.svg", run_dir / "trace.json"
+    svg, trace = run_dir / "trace.svg", run_dir / "trace.json"
+    write_whole(svg, lambda path: path.write_text(draw(spans), encoding="utf-8"))
+    write_whole(trace, lambda path: path.write_text(json.dumps(chrome_trace(spans)), encoding="utf-8"))
+    return svg, trace
 
 
 def read_spans(path: Path, steps: int) -> Iterator[Span]:

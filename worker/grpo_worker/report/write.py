@@ -27,12 +27,13 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     summary = summarize(run)
     html_path, png_path = run_dir / "report.html", run_dir / "report.png"
     page = render_page(run, summary, charts)
-    _write(html_path, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
-    _write(png_path, lambda path: write_png(path, summary.headline, charts))
+    write_whole(html_path, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
+    write_whole(png_path, lambda path: write_png(path, summary.headline, charts))
     return html_path, png_path
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """The file that `write` makes at the path it is given. Raises ConfigError."""
     try:
         with whole_file(path) as temporary:
             write(temporary)

@@ -53,10 +53,10 @@ from grpo_worker.rollout.requests import (
     sample_seed,
     sampling_parameters,
 )
-from grpo_worker.rollout.staging import StagingMemory
 from grpo_worker.rollout.stepping import EngineThread
 from grpo_worker.weightsync.broadcast import WeightGroupError
 from grpo_worker.weightsync.client import pull
+from grpo_worker.weightsync.host_memory import HostMemory
 from grpo_worker.weightsync.manifest import TensorSpec, expected_tensors, layout, verify
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class RolloutEngine:
         self.weight_digest: str | None = None
         self.broken: str = ""  # why the weights cannot be used, after a swap that failed half-way
         self._thread = EngineThread(self._take, self._fail_all)
-        self._staging = StagingMemory()
+        self._staging = HostMemory()
         self._staged = b""  # manifest of what the staging memory holds
         self._tensors: list[TensorSpec] = []  # of the trainer's model, in its order
         self._apply_lock = asyncio.Lock()

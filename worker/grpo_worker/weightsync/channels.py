@@ -4,17 +4,17 @@ Invariant: when the wait for a bucket is over, the receiver's memory has what th
 """
 
 import mmap
-import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
 import torch.distributed as dist
 
 from grpo_worker.protocol.messages import GroupPlace
+from grpo_worker.weightsync.host_memory import HostMemory
 
 SENDER = 0  # the trainer, in every group
 CPU = "cpu"  # the device of whoever has no GPU
@@ -92,7 +92,7 @@ class SharedMemory:
         self._sends = place.rank == SENDER
         self._count = 0
         self._buffer: torch.Tensor | None = None
-        self._file: BinaryIO | None = None  # behind the sender's buffer on CPU
+        self._memory: HostMemory | None = None  # behind the sender's buffer on CPU
         self._handle = b""
         own = physical(device)
         self._put("sender" if self._sends else "receiver", own.encode())
@@ -122,15 +122,15 @@ class SharedMemory:
 
     def close(self) -> None:
         self._buffer = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
     def _room(self, size: int) -> torch.Tensor:
         """The sender's buffer, of at least `size` bytes."""
         if self._buffer is None or len(self._buffer) < size:
             self.close()
-            self._buffer, self._file, handle = _share(size, self._device)
+            self._buffer, self._memory, handle = _share(size, self._device)
             self._handle = msgspec.msgpack.encode(handle)
         return self._buffer
 
@@ -177,14 +177,11 @@ def physical(device: torch.device) -> str:
     return CPU if device.type == "cpu" else f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 
-def _share(size: int, device: torch.device) -> tuple[torch.Tensor, BinaryIO | None, Handle]:
-    """A buffer, the file that it is on CPU, and its handle for others."""
+def _share(size: int, device: torch.device) -> tuple[torch.Tensor, HostMemory | None, Handle]:
+    """A buffer, the memory that it is on CPU, and its handle for others."""
     if device.type == "cpu":
-        file = os.memfd_create("grpo-weights")
-        os.ftruncate(file, size)
-        memory = mmap.mmap(file, size)
-        owner = os.fdopen(file, "rb")
-        return _tensor(memory, size), owner, Handle(size_bytes=size, path=f"/proc/{os.getpid()}/fd/{file}")
+        memory = HostMemory()
+        return _tensor(memory.reserve(size), size), memory, Handle(size_bytes=size, path=memory.path)
     buffer = torch.empty(size, dtype=torch.uint8, device=device)
     _, cuda, storage_bytes, offset, counter, counter_offset, event, event_sync = buffer.untyped_storage()._share_cuda_()
     return buffer, None, Handle(
@@ -204,5 +201,5 @@ def _open(handle: Handle, device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (handle.size_bytes,), (1,))
 
 
-def _tensor(memory: mmap.mmap, size: int) -> torch.Tensor:
+def _tensor(memory: mmap.mmap | memoryview, size: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8, count=size)

@@ -1,14 +1,14 @@
-"""Host memory that one pull fills and all workers of the engine read.
+"""Host memory that one process fills and others of its container read: a pull's for all workers of an engine, a sender's for its receiver.
 
-Invariant: one copy of the weights a replica, whatever its tensor-parallel size, and no file system behind it: the
-memory has no name in /dev/shm (whose size limit in a pod is a trap), and it goes with the process.
+Invariant: there is no file system behind it: the memory has no name in /dev/shm (whose size limit in a pod is a trap), and it goes with the
+process.
 """
 
 import mmap
 import os
 
 
-class StagingMemory:
+class HostMemory:
     """Anonymous memory that other processes of this container map by its path below /proc."""
 
     def __init__(self) -> None:
