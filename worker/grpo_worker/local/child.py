@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from grpo_worker.environment import PARENT_PID, TERMINATION_LOG
 
 TAIL_LINES = 12
+KILL_SECONDS = 10.0  # for the kernel to end what was killed
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,20 @@ class Child:
         except OSError:
             return ""
         return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
+
+
+def wait_for(children: Iterable[Child], limit_seconds: float) -> None:
+    """Until all have ended, or the time is over."""
+    deadline = time.monotonic() + limit_seconds
+    for child in children:
+        child.wait(max(0.0, deadline - time.monotonic()))
+
+
+def end_all(children: Sequence[Child], grace_seconds: float) -> None:
+    """SIGTERM to all; SIGKILL to those that are there after the time."""
+    for child in children:
+        child.terminate()
+    wait_for(children, grace_seconds)
+    for child in children:
+        child.kill()
+    wait_for(children, KILL_SECONDS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from grpo_worker.config import GRPOJob
 from grpo_worker.environment import COORDINATOR_URL, MEMBER_NAME, ROLLOUT_PORT, TERMINATION_LOG
 from grpo_worker.errors import ExitCode, one_line
-from grpo_worker.local.child import Child, ChildSpec, code_text
+from grpo_worker.local.child import Child, ChildSpec, code_text, end_all
 from grpo_worker.local.placement import Machine, Process, place_node
 from grpo_worker.local.policy import Action, Budget, decide
 from grpo_worker.local.status import ask_status
@@ -72,7 +72,7 @@ class Node:
             self._last_word(trainer)
             return 128 - code if code < 0 else code
         finally:
-            self._end([*self._children.values(), trainer])
+            end_all([*self._children.values(), trainer], END_GRACE_SECONDS)
 
     def _start(self, process: Process) -> Child:
         kept = {
@@ -127,12 +127,3 @@ class Node:
         """Becomes the container's."""
         if TERMINATION_LOG in os.environ and child.spec.termination.exists():
             shutil.copyfile(child.spec.termination, os.environ[TERMINATION_LOG])
-
-    def _end(self, children: list[Child]) -> None:
-        for child in children:
-            child.terminate()
-        deadline = time.monotonic() + END_GRACE_SECONDS
-        for child in children:
-            child.wait(max(0.0, deadline - time.monotonic()))
-            child.kill()
-            child.wait(END_GRACE_SECONDS)

@@ -35,7 +35,7 @@ from grpo_worker.errors import (
     YieldedError,
     one_line,
 )
-from grpo_worker.local.child import Child, ChildSpec, code_text
+from grpo_worker.local.child import KILL_SECONDS, Child, ChildSpec, code_text, end_all, wait_for
 from grpo_worker.local.metrics import Server, serve_metrics
 from grpo_worker.local.placement import Machine, Process, device_count, place
 from grpo_worker.local.policy import Action, Budget, Decision, decide
@@ -48,8 +48,8 @@ from grpo_worker.run_directory import RunDirectory
 
 POLL_SECONDS = 0.25
 TOLD_TO_STOP_SECONDS = 30.0  # after a worker ended as told, for the coordinator to end too
-END_GRACE_SECONDS = 10.0
-SIGTERM_GRACE_SECONDS = 2.0
+TOLD_SECONDS = 5.0  # from the coordinator's word to the end of the others
+END_SECONDS = 2.0
 ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
@@ -326,20 +326,11 @@ class Supervisor:
     def _kill_child(self, child: Child) -> None:
         """Make room for its successor. A coordinator that was asked to stop would tell the engines, which are to stay, that the run is over."""
         child.kill()
-        child.wait(END_GRACE_SECONDS)
+        child.wait(KILL_SECONDS)
 
     def _end_children(self) -> None:
         coordinator = self._children.get("coordinator")
         if coordinator is not None and coordinator.code in (ExitCode.DONE, ExitCode.YIELDED):
-            self._wait_for_children(END_GRACE_SECONDS / 2)  # it has told them to end
-        for child in self._children.values():
-            child.terminate()
+            wait_for(self._children.values(), TOLD_SECONDS)  # it has told them to end
         # Short: nothing is left to save, and a trainer that hears no coordinator would wait for one.
-        self._wait_for_children(SIGTERM_GRACE_SECONDS)
-        for child in self._children.values():
-            self._kill_child(child)
-
-    def _wait_for_children(self, limit_seconds: float) -> None:
-        deadline = time.monotonic() + limit_seconds
-        for child in self._children.values():
-            child.wait(max(0.0, deadline - time.monotonic()))
+        end_all(list(self._children.values()), END_SECONDS)
