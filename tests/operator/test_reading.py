@@ -25,6 +25,11 @@ def api_pod(status: dict[str, Any] | None = None, **metadata: Any) -> dict[str, 
     }
 
 
+def gone(name: str, exit_code: int) -> dict[str, Any]:
+    """The status of a container that has ended."""
+    return {"name": name, "state": {"terminated": {"exitCode": exit_code, "reason": "Error", "finishedAt": AT}}}
+
+
 def worker(**state: Any) -> dict[str, Any]:
     return {"containerStatuses": [{"name": "worker", "state": state}]}
 
@@ -72,6 +77,16 @@ def test_a_running_pod_that_is_being_preempted() -> None:
         # a sidecar keeps the pod running: the worker's end counts
         ({"phase": "Running", "containerStatuses": [{"name": "sidecar", "state": {"running": {}}}, {"name": "worker", "state": {"terminated": {"exitCode": 0, "reason": "Completed", "finishedAt": AT}}}]},
          Ended(0, "Completed", TIME, None)),
+        # whatever ends beside a worker that lives, or has ended by itself, is not its end
+        ({"phase": "Running", "containerStatuses": [gone("a-mesh", 143), {"name": "worker", "state": {"running": {}}}]}, None),
+        ({"phase": "Running", "containerStatuses": [{"name": "worker", "state": {"running": {}}}, gone("z-logs", 1)]}, None),
+        ({"phase": "Running", "initContainerStatuses": [gone("mesh", 143)], **worker(running={})}, None),
+        ({"phase": "Failed", "containerStatuses": [gone("a-mesh", 143), gone("worker", 0)]}, Ended(0, "Error", TIME, None)),
+        ({"phase": "Failed", "containerStatuses": [gone("a-mesh", 143), gone("worker", 75), gone("z", 1)]}, Ended(75, "Error", TIME, None)),
+        # before it has run: a failed init container keeps it from that, a sidecar does not
+        ({"phase": "Pending", "containerStatuses": [gone("a-mesh", 1), {"name": "worker", "state": {"waiting": {}}}]}, None),
+        ({"phase": "Pending", "initContainerStatuses": [gone("fetch", 3)], **worker(waiting={"reason": "PodInitializing"})}, Ended(3, "Error", TIME, None)),
+        ({"phase": "Failed", "containerStatuses": [gone("a-mesh", 1), {"name": "worker", "state": {"waiting": {}}}]}, Ended(1, "Error", TIME, None)),
     ],
 )  # fmt: skip
 def test_how_a_pod_ended(status: dict[str, Any], ended: Ended | None) -> None:

@@ -87,7 +87,7 @@ def _waiting(containers: Mapping[str, Mapping[str, Any]]) -> Waiting | None:
 
 
 def _ended(status: Mapping[str, Any], containers: Mapping[str, Mapping[str, Any]]) -> Ended | None:
-    terminated = _terminated(containers)
+    terminated = _terminated(status, containers)
     over = status.get("phase") in ("Succeeded", "Failed")
     if terminated is None:
         if not over:
@@ -105,13 +105,17 @@ def _ended(status: Mapping[str, Any], containers: Mapping[str, Mapping[str, Any]
     )
 
 
-def _terminated(containers: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """How the worker ended, or the init container that did not let it start."""
-    for name, container in containers.items():
-        state = (container.get("state") or {}).get("terminated")
-        if state and (name == CONTAINER or state.get("exitCode")):
-            return dict(state)
-    return None
+def _terminated(status: Mapping[str, Any], containers: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """How the worker ended, or what did not let it start: an init container that failed, or whatever ended a pod in which it never ran.
+    While the worker lives, the end of a container beside it (a mesh's proxy, a log collector) says nothing of it."""
+    states = {name: container.get("state") or {} for name, container in containers.items()}
+    worker = states.get(CONTAINER, {})
+    if "terminated" in worker or "running" in worker:
+        return worker.get("terminated")
+    over = status.get("phase") in ("Succeeded", "Failed")
+    blocking = list(states) if over else [item.get("name", "") for item in status.get("initContainerStatuses") or []]
+    failed = (states[name].get("terminated") or {} for name in blocking)
+    return next((state for state in failed if state.get("exitCode")), None)
 
 
 def _last_word(text: str) -> LastWord | None:
