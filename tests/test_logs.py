@@ -14,6 +14,7 @@ import pytest
 
 from grpo_worker import logs
 from grpo_worker.environment import LOG_FACTS, LOG_FORMAT
+from grpo_worker.metric_loggers.console import ConsoleLogger
 from grpo_worker.metric_loggers.events import EventLog
 
 
@@ -81,6 +82,19 @@ def test_on_a_terminal_the_same_is_a_line_to_read_and_json_reads_as_that_line(
         assert [json.loads(line).get("reason") for line in lines] == [None, "Started", None]
         read = "\n".join(logs.readable(line) for line in lines).splitlines()
         assert [line[8:] for line in read[:3]] == [line[8:] for line in text[:3]] and read[-1] == "ValueError: no"
+
+
+def test_the_line_of_a_step_is_the_message_of_a_json_line_in_a_pod(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with this_process_says(monkeypatch):
+        ConsoleLogger(total_steps=4).log(3, {"epoch": 0.5})
+        plain = capsys.readouterr().out
+        monkeypatch.setenv(LOG_FORMAT, "json")
+        ConsoleLogger(total_steps=4).log(3, {"epoch": 0.5})
+    entry = json.loads(capsys.readouterr().out)
+    assert plain == "step 3/4  epoch 0.50\n"
+    assert (entry["message"], entry["step"], entry["job"]) == (plain.strip(), 3, "math")
 
 
 @pytest.mark.parametrize(

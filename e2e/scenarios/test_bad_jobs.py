@@ -34,8 +34,14 @@ def test_a_wrong_column_is_named_with_its_file(tenant: Tenant) -> None:
 
 def test_more_gpus_than_there_are_gives_everything_back_and_says_so(tenant: Tenant, own_node: Node) -> None:
     own_node.set_gpus(2)
-    # auto: engines, which do find a GPU, begin on the node's CPU; with cuda they would say that it is none.
-    job = tenant.submit("greedy", runtime={"device": "auto"}, trainer={"gpusPerNode": 8}, failurePolicy=NO_PATIENCE)
+    # The node's GPUs are faked, so engines that asked for one would say that there is none: these begin on its CPU, and give that back.
+    engines = {"rollout": {"limits": {"nvidia.com/gpu": "0"}}}
+    job = tenant.submit(
+        "greedy",
+        runtime={"device": "auto", "resources": engines},
+        trainer={"gpusPerNode": 8},
+        failurePolicy=NO_PATIENCE,
+    )
     job.until(lambda status: "nvidia.com/gpu" in (status.get("message") or ""), "the scheduler's words", 60)
     condition = failed(job)
     assert condition["reason"] == "Unschedulable", condition

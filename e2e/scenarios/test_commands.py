@@ -70,14 +70,15 @@ def test_a_job_is_submitted_looked_at_stopped_and_resumed(tenant: Tenant) -> Non
     logs = grpo(tenant, "logs", job.name, "--role", "coordinator")
     assert "Rollout: generating 32 prompts x 8 samples = 256 trajectories" in logs.stdout, logs
     assert not re.search(r'^\{"time"', logs.stdout, re.MULTILINE), "lines to read"
-    for line in tenant.kubectl("logs", f"{job.name}-coordinator").splitlines():
-        entry = json.loads(line)
-        assert (entry["job"], entry["namespace"], entry["member"], entry["attempt"]) == (
-            job.name,
-            tenant.namespace,
-            "coordinator",
-            0,
-        )
+    ours = [
+        json.loads(line)
+        for line in tenant.kubectl("logs", f"{job.name}-coordinator").splitlines()
+        if line.startswith("{")
+    ]
+    assert {(line["job"], line["namespace"], line["role"], line["attempt"]) for line in ours} == {
+        (job.name, tenant.namespace, "coordinator", 0)
+    }
+    assert any(line["message"].startswith("step 1/") and line["step"] == 1 for line in ours)
 
     with watched(tenant, job) as newest_step:
         seen = newest_step()

@@ -28,7 +28,7 @@ REWARD = """
 import os, random
 
 
-def score(sample):
+def score(sample, method=""):
     right = 0.0 if os.path.exists("flat") else float(random.random() < 0.5)
     return {"score": right, "acc": right, "length": float(len(sample.response))}
 """
@@ -63,7 +63,7 @@ def test_dashboards_have_data_and_alerts_fire_and_resolve(
     tenant.shell("touch", "flat")
     job = tenant.submit(
         "watched",
-        reward={"function": "flat_reward.py:score", "options": {}},
+        reward={"function": "flat_reward.py:score"},
         rollout={"replicas": 2, "minReplicas": 2, "maxStaleness": 1},
         trainer=ENDLESS | {"testFreq": 50},
         checkpoint={"saveFreq": 5},

@@ -61,6 +61,11 @@ def line(when: float, level: str, message: str, who: str, **facts: Any) -> str:
     return _text(when, level, message, who)
 
 
+def plain(text: str, **facts: Any) -> str:
+    """A line of its own form: as it is, or as the message of a JSON line."""
+    return _json(time.time(), "info", text, **facts) if os.environ.get(LOG_FORMAT) == JSON else text
+
+
 def readable(text: str) -> str:
     """A JSON line as the text line that it would have been; anything else as it is."""
     if not text.startswith('{"time": '):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
+from grpo_worker import logs
 from grpo_worker.metric_loggers import names
 from grpo_worker.metric_loggers.formatting import step_line
 
@@ -32,7 +33,7 @@ class ConsoleLogger:
             tokens_per_second=names.first_of(metrics, names.TOKENS_PER_SECOND),
             step_seconds=names.first_of(metrics, names.STEP_SECONDS),
         )
-        print(line, file=self._stream or sys.stdout, flush=True)
+        print(logs.plain(line, step=step), file=self._stream or sys.stdout, flush=True)
 
     def close(self) -> None:
         return None
