@@ -60,14 +60,11 @@ class Node(Client):
         ]
         self.kubectl("patch", "node", NODE, "--subresource=status", "--type=json", f"--patch={json.dumps(patch)}")
 
-    def create_volume(self, namespace: str, claim: str, mebibytes: int = 10240, *, in_memory: bool = False) -> Path:
-        """A bound PersistentVolumeClaim that any number of pods write; returns its folder on this machine. In memory it has that size."""
-        size = f"{mebibytes}Mi"
+    def create_volume(self, namespace: str, claim: str, size: str = "10Gi") -> Path:
+        """A bound PersistentVolumeClaim that any number of pods write; returns its folder on this machine."""
         name = f"{namespace}-{claim}"
         path = self.directory / "volumes" / name
         path.mkdir(parents=True)
-        if in_memory:
-            run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(path)])
         hostname = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE]}
         specification = {
             "capacity": {"storage": size},

@@ -17,14 +17,14 @@ def release(cluster: Cluster, operator_image: str, worker_image: str) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def make_tenant(cluster: Cluster, release: Release) -> Iterator[Callable[..., Tenant]]:
+def make_tenant(cluster: Cluster, release: Release) -> Iterator[Callable[[], Tenant]]:
     """Makes namespaces with a prepared workspace; they go with the session."""
     made: list[Tenant] = []
 
-    def make(disk_mebibytes: int | None = None) -> Tenant:
+    def make() -> Tenant:
         tenant = Tenant(cluster, cluster.create_namespace("e2e"), release.worker_image)
         made.append(tenant)
-        tenant.prepare(disk_mebibytes)
+        tenant.prepare()
         return tenant
 
     yield make

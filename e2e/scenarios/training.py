@@ -51,14 +51,12 @@ class Tenant:
     def get(self, *arguments: str) -> Any:
         return self.cluster.get("-n", self.namespace, *arguments)
 
-    def prepare(self, disk_mebibytes: int | None = None) -> None:
-        """What examples/cluster/prepare.yaml says, and a pod that looks at the volume; with a disk of a size, on the project's own node."""
+    def prepare(self) -> None:
+        """What examples/cluster/prepare.yaml says, and a pod that looks at the volume."""
         documents = list(yaml.safe_load_all(PREPARE.read_text()))
         claim, job = documents
         if isinstance(self.cluster, Node):
-            self.cluster.create_volume(
-                self.namespace, CLAIM, disk_mebibytes or 10240, in_memory=disk_mebibytes is not None
-            )
+            self.cluster.create_volume(self.namespace, CLAIM)
         else:
             self._apply(claim)
         pod = job["spec"]["template"]["spec"]
