@@ -45,13 +45,14 @@ class RunCopy:
     def goes_on(self) -> bool:
         """Fetch what is new; whether there may be more. What goes wrong is said once on stderr, and tried again."""
         try:
-            self._problem = ""
-            return self.pull()
+            going = self.pull()
         except GRPOError as error:
             if str(error) != self._problem:
                 self._problem = str(error)
                 print(f"grpo: {error}", file=sys.stderr)
             return True
+        self._problem = ""
+        return going
 
     def pull(self) -> bool:
         """Fetch what has been written since; whether the job goes on. Raises GRPOError."""
