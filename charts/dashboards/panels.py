@@ -5,7 +5,7 @@ threshold is true for every job.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -111,18 +111,28 @@ def build(page: Dashboard) -> models.Dashboard:
         in_namespace = f'{page.jobs}{{namespace=~"$namespace"}}'
         board = board.with_variable(_variable("namespace", "Namespace", page.jobs))
         board = board.with_variable(_variable("grpojob", "Job", in_namespace))
+    for item, left, top in places(page):
+        if isinstance(item, Panel):
+            place = models.GridPos(x=left, y=top, w=item.width, h=item.height)
+            board = board.with_panel(_panel(item).id(next(numbers)).grid_pos(place))
+        else:
+            place = models.GridPos(x=left, y=top, w=COLUMNS, h=1)
+            board = board.with_row(dashboard.Row(item).id(next(numbers)).grid_pos(place))
+    return board.build()
+
+
+def places(page: Dashboard) -> Iterator[tuple[Panel | str, int, int]]:
+    """Questions (each a row of height 1) and panels in order, with the column and row of their upper left corner."""
     top = 0
     for question, panels in page.questions.items():
-        row = dashboard.Row(question).id(next(numbers)).grid_pos(models.GridPos(x=0, y=top, w=COLUMNS, h=1))
-        board, top, left, line = board.with_row(row), top + 1, 0, 0
+        yield question, 0, top
+        top, left, line = top + 1, 0, 0
         for panel in panels:
             if left + panel.width > COLUMNS:
                 top, left, line = top + line, 0, 0
-            place = models.GridPos(x=left, y=top, w=panel.width, h=panel.height)
-            board = board.with_panel(_panel(panel).id(next(numbers)).grid_pos(place))
+            yield panel, left, top
             left, line = left + panel.width, max(line, panel.height)
         top += line
-    return board.build()
 
 
 def _variable(name: str, label: str, series: str) -> dashboard.QueryVariable:

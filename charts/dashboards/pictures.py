@@ -11,13 +11,13 @@ import textwrap
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from charts.dashboards.__main__ import DASHBOARDS
-from charts.dashboards.panels import COLUMNS, Dashboard, Panel
+from charts.dashboards.panels import COLUMNS, Dashboard, Panel, places
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -65,18 +65,18 @@ class Server:
 
 def draw(page: Dashboard, server: Server) -> Figure:
     """One picture of a dashboard."""
-    placed = list(_places(page))
-    height = max(top + (panel.height if panel else 1) for panel, _, top, _ in placed) + 1
+    placed = list(places(page))
+    height = max(top + (item.height if isinstance(item, Panel) else 1) for item, _, top in placed) + 1
     figure = Figure(figsize=(COLUMNS * INCHES, height * INCHES * FLAT), dpi=70)
     FigureCanvasAgg(figure)
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(server.end))
     figure.text(0.005, 1 - 0.35 / height, page.title, fontsize=13, weight="bold", va="center")
     note = f"{(server.end - server.start) / 60:.0f} minutes to {when} UTC, drawn by charts/dashboards/pictures.py from Prometheus' answers; Grafana looks different"
     figure.text(0.995, 1 - 0.35 / height, note, fontsize=7, color="#666", va="center", ha="right")
-    for panel, left, top, title in placed:
+    for panel, left, top in placed:
         y = 1 - (top + 1) / height
-        if panel is None:
-            figure.text(0.005, y - 0.6 / height, title, fontsize=10, weight="bold", va="center", color="#1f60c4")
+        if isinstance(panel, str):
+            figure.text(0.005, y - 0.6 / height, panel, fontsize=10, weight="bold", va="center", color="#1f60c4")
             continue
         room = 0.42 / COLUMNS, 1.0 / height  # for the numbers at the axes, and for the title
         axes = figure.add_axes((
@@ -85,20 +85,6 @@ def draw(page: Dashboard, server: Server) -> Figure:
         ))  # fmt: skip
         _draw_panel(axes, panel, server)
     return figure
-
-
-def _places(page: Dashboard) -> Iterator[tuple[Panel | None, int, int, str]]:
-    """Panels and rows (no panel, but a title) where Grafana has them: column and row of the upper left corner."""
-    top = 0
-    for question, panels in page.questions.items():
-        yield None, 0, top, question
-        top, left, line = top + 1, 0, 0
-        for panel in panels:
-            if left + panel.width > COLUMNS:
-                top, left, line = top + line, 0, 0
-            yield panel, left, top, panel.title
-            left, line = left + panel.width, max(line, panel.height)
-        top += line
 
 
 def _draw_panel(axes: Axes, panel: Panel, server: Server) -> None:

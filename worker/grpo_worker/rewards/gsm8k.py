@@ -27,7 +27,7 @@ def extract_number(text: str, method: Method = "flexible") -> Fraction | None:
         _, mark, tail = text.rpartition(MARK)
         found = number_at(tail) if mark else None
     else:
-        found = max(numbers(text), key=lambda number: number.start, default=None)
+        *_, found = None, *numbers(text)
     return None if found is None else found.value
 
 
