@@ -43,9 +43,9 @@ cluster-down: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff check --no-cache $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases -p e2e.cluster -p e2e.scenarios -p charts.dashboards
+	$(BIN)/mypy --explicit-package-bases -p e2e.cluster -p e2e.scenarios -p charts.dashboards -p benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 

@@ -14,7 +14,7 @@ import math
 import os
 from typing import Any
 
-CUTS = {"topP 0.95": {"top_p": 0.95}, "topK 20": {"top_k": 20}}
+CUTS: dict[str, dict[str, Any]] = {"topP 0.95": {"top_p": 0.95}, "topK 20": {"top_k": 20}}
 MODES = ("processed_logprobs", "raw_logprobs")
 PROMPTS = ("Tell a story about a lighthouse.", "What is a healthy breakfast?")
 
@@ -45,7 +45,9 @@ def generate(model: str, mode: str, tokens: int, samples: int) -> Answers:
         for output in outputs:
             (answer,) = output.outputs
             log_probs = [
-                entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs or (), strict=True)
+                entry[token].logprob
+                for token, entry in zip(answer.token_ids, answer.logprobs or (), strict=True)
+                if entry
             ]
             answers[name].append((list(output.prompt_token_ids or ()), list(answer.token_ids), log_probs))
     del llm

@@ -21,10 +21,10 @@ from multiprocessing.connection import Connection
 import torch
 
 from grpo_worker.protocol.messages import GroupPlace, StoreSource
-from grpo_worker.rollout.staging import StagingMemory
 from grpo_worker.weightsync import wire
 from grpo_worker.weightsync.broadcast import WeightDigest, WeightGroup, open_meeting_point
 from grpo_worker.weightsync.client import pull
+from grpo_worker.weightsync.host_memory import HostMemory
 from grpo_worker.weightsync.manifest import TensorSpec
 from grpo_worker.weightsync.server import WeightServer
 from grpo_worker.weightsync.snapshot import SnapshotStore
@@ -107,7 +107,7 @@ def place(port: int, rank: int) -> GroupPlace:
 def broadcast(group: WeightGroup, memory: torch.Tensor, total_bytes: int) -> None:
     """Of as many bytes as the weights have, from or into the same memory again and again."""
     for start in range(0, total_bytes, BUCKET_BYTES):
-        group._wait(group._broadcast(memory[: min(BUCKET_BYTES, total_bytes - start)]))
+        group._wait(group._pass_on(memory[: min(BUCKET_BYTES, total_bytes - start)]))
 
 
 def group_sync(pipe: Connection, group: WeightGroup, specs: list[TensorSpec]) -> float:
@@ -139,13 +139,13 @@ def raw_copy(pipe: Connection, port: int, buffer: memoryview) -> float:
     return time.perf_counter() - started
 
 
-def store_sync(pipe: Connection, staging: StagingMemory, streams: int) -> dict[str, float]:
+def store_sync(pipe: Connection, memory: HostMemory, streams: int) -> dict[str, float]:
     """Seconds of a publish and of a verified pull."""
     pipe.send("publish")
     source: StoreSource
     source, publish_seconds = pipe.recv()
     started = time.perf_counter()
-    pull(source, token="token", into=staging.reserve, streams=streams, deadline=time.monotonic() + 300)
+    pull(source, token="token", into=memory.reserve, streams=streams, deadline=time.monotonic() + 300)
     pull_seconds = time.perf_counter() - started
     return {"publish": publish_seconds, "pull_and_verify": pull_seconds, "total": publish_seconds + pull_seconds}
 
@@ -166,13 +166,13 @@ def main() -> None:
     )
     process.start()
     port, specs, raw_bytes, meeting_port = pipe.recv()
-    staging = StagingMemory()
+    host = HostMemory()
     group = WeightGroup(place(meeting_port, 1), ours)
     memory = torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=ours)
     raw_seconds, sync_seconds, group_seconds, bare_seconds = [], [], [], []
     for _ in range(arguments.rounds + 1):  # alternating, so that a busy moment hits both
-        sync_seconds.append(store_sync(pipe, staging, arguments.streams))
-        raw_seconds.append(raw_copy(pipe, port, staging.reserve(raw_bytes)))
+        sync_seconds.append(store_sync(pipe, host, arguments.streams))
+        raw_seconds.append(raw_copy(pipe, port, host.reserve(raw_bytes)))
         group_seconds.append(group_sync(pipe, group, specs))
         bare_seconds.append(bare_broadcast(pipe, group, memory, raw_bytes))
     pipe.send("stop")

@@ -6,6 +6,7 @@ python -m benchmarks.learning_curves.accuracy TEST.parquet MODEL_DIR [MODEL_DIR 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
@@ -21,8 +22,9 @@ MAX_NEW_TOKENS = 64
 def greedy(directory: Path, test: Path) -> dict[str, float]:
     """Share of right last numbers, and mean answer length in tokens."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(device).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model.to(device).eval()
     rows = parquet.read_table(test).to_pylist()
     right, tokens = 0, 0
     for start in range(0, len(rows), BATCH):

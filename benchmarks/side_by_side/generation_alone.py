@@ -16,6 +16,7 @@ import pstats
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 from transformers import AutoTokenizer
@@ -30,7 +31,7 @@ from grpo_worker.rollout.options import EngineOptions
 Round = Callable[[list[list[int]]], int]  # tokens of prompts in, number of generated tokens out
 
 
-def kv_cache(options: argparse.Namespace) -> dict[str, int]:
+def kv_cache(options: argparse.Namespace) -> dict[str, Any]:
     """Engines that start beside one another would each take what the others allocate meanwhile for their own."""
     return {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30)} if options.kv_cache_gib else {}
 
@@ -60,7 +61,7 @@ def vllm_alone(options: argparse.Namespace, stop: int) -> Round:
     )
 
     def generate(prompts: list[list[int]]) -> int:
-        inputs = [{"prompt_token_ids": ids} for ids in prompts for _ in range(options.samples)]
+        inputs: list[Any] = [{"prompt_token_ids": ids} for ids in prompts for _ in range(options.samples)]
         outputs = llm.generate(inputs, sampling, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
@@ -71,10 +72,12 @@ class OurEngine:
     """The engine without its HTTP server."""
 
     def __init__(self, options: argparse.Namespace, stop: int) -> None:
-        section = Rollout(
-            maxNumSeqs=options.prompts * options.samples,
-            gpuMemoryUtilization=options.gpu_memory_utilization,
-            engineArgs=kv_cache(options),
+        section = Rollout.model_validate(
+            {
+                "maxNumSeqs": options.prompts * options.samples,
+                "gpuMemoryUtilization": options.gpu_memory_utilization,
+                "engineArgs": kv_cache(options),
+            }
         )
         length = options.prompt_tokens + options.response_tokens
         self.log_probs = not options.no_log_probs
