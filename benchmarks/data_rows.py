@@ -1,33 +1,27 @@
-"""Rows per second of `PromptDataset.iterate()` beside the `datasets` library streaming the same Parquet.
+"""How long a job's data takes at its start, the first time and the next, and what memory, beside plain `datasets`.
 
-Both read the same file with the same tokenizer and length limit in the same process, and yield the token ids with every
-other column of the row. The passes alternate, and the ratio is the median of the ratios of neighbouring passes: rates
-by the wall clock, and by CPU time of this process, which other work on the machine disturbs less. Prints one JSON
-object. The tokenizer is a byte-level BPE trained here, so nothing is downloaded.
+One Parquet file of some GiB in row groups of more than 2 GiB of text, the most that one Arrow array of strings can hold. Each part is a process of
+its own: ours opens the file, tokenises every prompt, and then yields prompts in the order of an epoch; the peer is `load_dataset` and a `map` that
+tokenises, as its users write it. Memory is what a process has for itself (RssAnon): the pages of mapped files are the system's to take back.
+The tokenizer is a byte-level BPE trained here, so nothing is downloaded. Prints one JSON object.
 
-Nearly all of the time of both is the tokenizer. The peer calls it as its users do (`tokenizer(batch)`); our encoder
-asks the same tokenizer for ids without character offsets, and that is most of the difference.
-
-Kept out of the comparison, as neither is throughput: what the first pass of each imports (one pass is not timed), and
-the fixed seconds that `datasets` sleeps at the end of each shuffled stream to let its threads stop.
-
-    python benchmarks/data_rows.py --rows 50000
+    python -m benchmarks.data_rows --gib 5
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
-import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread each: the job's other processes need the cores
 
 import numpy as np
 import pyarrow as pa
@@ -51,23 +45,23 @@ WORDS = [
 ]
 
 
-def write_rows(path: Path, rows: int, row_group_rows: int) -> None:
-    """Word problems of 20 to 120 words with a ground truth and two further columns."""
+def write_rows(path: Path, gib: float, group_gib: float) -> int:
+    """Word problems of 20 to 120 words, a ground truth, and a solution of 4,000 characters. Returns the number of rows."""
     rng = np.random.Generator(np.random.Philox(7))
-    prompts = [
-        " ".join(str(n % 97) if n % 7 == 0 else WORDS[n % len(WORDS)] for n in rng.integers(0, 10_000, length))
-        for length in rng.integers(20, 120, rows)
-    ]
-    table = pa.table(
-        {
-            "prompt": prompts,
-            "response": [""] * rows,
-            "reward": [str(n) for n in range(rows)],
-            "source": ["bench"] * rows,
-            "level": list(range(rows)),
-        }
-    )
-    pq.write_table(table, path, row_group_size=row_group_rows)
+    pool = [" ".join(WORDS[n % len(WORDS)] for n in rng.integers(0, 10_000, 600))[:4000] for _ in range(256)]
+    rows, group = int(gib * 2**30 / 4000), int(group_gib * 2**30 / 4000)
+    columns = {name: pa.large_string() for name in ("prompt", "reward", "solution")}
+    with pq.ParquetWriter(path, pa.schema(columns), use_dictionary=False, compression="none") as writer:
+        for start in range(0, rows, group):
+            numbers = range(start, min(start + group, rows))
+            prompts = [f"{n} {pool[n % 256][: 100 + n % 600]}" for n in numbers]
+            table = {
+                "prompt": prompts,
+                "reward": [str(n) for n in numbers],
+                "solution": [pool[n * 7 % 256] for n in numbers],
+            }
+            writer.write_table(pa.table(table, pa.schema(columns)), row_group_size=group)
+    return rows
 
 
 def make_tokenizer(path: Path) -> Any:
@@ -77,92 +71,110 @@ def make_tokenizer(path: Path) -> Any:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    sample = pq.ParquetFile(path).read_row_group(0, columns=["prompt"]).column(0).to_pylist()
-    backend.train_from_iterator(sample, trainers.BpeTrainer(vocab_size=2000, show_progress=False))
+    (sample,) = itertools.islice(pq.ParquetFile(path).iter_batches(4096, columns=["prompt"]), 1)
+    backend.train_from_iterator(sample.column(0).to_pylist(), trainers.BpeTrainer(vocab_size=2000, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
-def peer_rows(path: Path, tokenizer: Any, shuffle: bool) -> Iterator[dict[str, Any]]:
-    """The same work in the `datasets` library: stream, shuffle by buffer, tokenise in batches, drop over-long rows."""
-    from datasets import load_dataset
+class OwnMemory:
+    """The most that this process had for itself while the block ran, MiB, sampled."""
 
-    stream = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    if shuffle:
-        stream = stream.shuffle(seed=0, buffer_size=1024)
+    def __enter__(self) -> "OwnMemory":
+        self.peak_mib = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._over.wait(0.02):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.peak_mib = max(self.peak_mib, int(line.split()[1]) / 1024)
+
+
+def ours(path: Path, tokenizer: Any, prompts: int) -> dict[str, float]:
+    from grpo_worker.data import DataOptions, PromptDataset, PromptEncoder, open_files
+
+    started = time.perf_counter()
+    options = DataOptions()
+    data = PromptDataset(open_files([path], options), options, PromptEncoder(tokenizer, PROMPT_LIMIT_TOKENS))
+    kept = data.scan().kept
+    opened = time.perf_counter()
+    for _ in itertools.islice(data.iterate(), prompts):
+        pass
+    return {
+        "rows": kept,
+        "start_seconds": opened - started,
+        "prompts_per_second": prompts / (time.perf_counter() - opened),
+    }
+
+
+def peer(path: Path, tokenizer: Any) -> dict[str, float]:
+    import datasets
+
+    datasets.disable_progress_bars()
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         return {"token_ids": tokenizer(batch["prompt"], return_attention_mask=False)["input_ids"]}
 
-    stream = stream.map(encode, batched=True, batch_size=256)
-    return iter(stream.filter(lambda row: len(row["token_ids"]) <= PROMPT_LIMIT_TOKENS))
+    started = time.perf_counter()
+    data = datasets.load_dataset("parquet", data_files=str(path), split="train").map(encode, batched=True)
+    return {"rows": data.num_rows, "start_seconds": time.perf_counter() - started}
 
 
-def timed(rows: Callable[[], Iterator[Any]]) -> tuple[int, float, float]:
-    """Number of rows, wall seconds and CPU seconds of one whole pass."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    count = sum(1 for _ in rows())
-    return count, time.perf_counter() - wall, time.process_time() - cpu
+def part(name: str, path: Path, prompts: int) -> None:
+    """In a process of its own."""
+    from transformers import AutoTokenizer
 
-
-def compare(
-    ours: Callable[[], Iterator[Any]], peer: Callable[[], Iterator[Any]], kept: int, passes: int
-) -> dict[str, Any]:
-    """Alternating passes; rates and ratios by wall clock and by CPU time."""
-    rates: dict[str, dict[str, list[float]]] = {clock: {"grpo": [], "datasets": []} for clock in ("wall", "cpu")}
-    for number in range(passes + 1):
-        for name, rows in (("grpo", ours), ("datasets", peer)):
-            count, wall_seconds, cpu_seconds = timed(rows)
-            if count != kept:
-                raise SystemExit(f"{name} gave {count} rows, not {kept}: the two did not do the same work")
-            if number:  # the first pass warms up
-                rates["wall"][name].append(kept / wall_seconds)
-                rates["cpu"][name].append(kept / cpu_seconds)
-    result: dict[str, Any] = {}
-    for clock, by_name in rates.items():
-        ratios = [one / other for one, other in zip(by_name["grpo"], by_name["datasets"], strict=True)]
-        result[clock] = {
-            f"{name}_rows_per_second": [round(rate) for rate in values] for name, values in by_name.items()
-        }
-        result[clock]["ratio"] = round(statistics.median(ratios), 2)
-    return result
+    tokenizer = AutoTokenizer.from_pretrained(path.parent)
+    with OwnMemory() as memory:
+        found = peer(path, tokenizer) if name == "datasets" else ours(path, tokenizer, prompts)
+    print(
+        json.dumps({key: round(value, 2) for key, value in found.items()} | {"own_memory_mib": round(memory.peak_mib)})
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--row-group-rows", type=int, default=1024)
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--gib", type=float, default=5.0)
+    parser.add_argument("--group-gib", type=float, default=2.5, help="of a row group")
+    parser.add_argument("--prompts", type=int, default=20_000, help="taken in the order of an epoch")
+    parser.add_argument("--directory", type=Path, help="where the file and the caches go: some 4 times --gib")
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-
+    if arguments.part:
+        part(arguments.part[0], Path(arguments.part[1]), arguments.prompts)
+        return
     import datasets
 
-    from grpo_worker.data import DataOptions, PromptDataset, PromptEncoder
-
-    datasets.disable_progress_bars()
-    # 5 seconds a pass by default, whatever the number of rows: in a short run it would triple the ratio.
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         path = Path(directory) / "train.parquet"
-        write_rows(path, arguments.rows, arguments.row_group_rows)
-        tokenizer = make_tokenizer(path)
+        rows = write_rows(path, arguments.gib, arguments.group_gib)
+        make_tokenizer(path).save_pretrained(directory)
         result: dict[str, Any] = {
-            "rows": arguments.rows,
-            "row_group_rows": arguments.row_group_rows,
-            "passes": arguments.passes,
+            "file_gib": round(path.stat().st_size / 2**30, 2),
+            "row_groups": pq.ParquetFile(path).num_row_groups,
+            "rows": rows,
             "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
             "versions": {"datasets": datasets.__version__, "pyarrow": pa.__version__},
         }
-        for shuffle in (False, True):
-            ours = PromptDataset(
-                [path], DataOptions(shuffle=shuffle), PromptEncoder(tokenizer, max_prompt_tokens=PROMPT_LIMIT_TOKENS)
+        for name in ("first", "next", "datasets"):
+            cache = {"HF_DATASETS_CACHE": f"{directory}/{'theirs' if name == 'datasets' else 'ours'}"}
+            command = [sys.executable, "-m", "benchmarks.data_rows", "--prompts", str(arguments.prompts)]
+            done = subprocess.run(
+                [*command, "--part", name, str(path)],
+                env=os.environ | cache,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
             )
-            scan_start = time.perf_counter()
-            kept = ours.scan().kept
-            scan_seconds = time.perf_counter() - scan_start
-            result["shuffled" if shuffle else "in_order"] = {
-                "scan_rows_per_second": round(arguments.rows / scan_seconds),
-                **compare(ours.iterate, partial(peer_rows, path, tokenizer, shuffle), kept, arguments.passes),
-            }
+            lines = done.stdout.strip().splitlines()
+            result[name] = json.loads(lines[-1]) if done.returncode == 0 else {"exit": done.returncode}
     print(json.dumps(result, indent=2))
 
 

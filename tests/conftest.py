@@ -5,6 +5,7 @@ On a machine without Go they are skipped, and the summary says why; with GRPO_NE
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from e2e.cluster.recipe import CONTROL_PLANE
 from hypothesis import settings
 
 FOLDERS = ("kubernetes", "chart")
+
+# What the runs and loaders of these tests have converted and tokenised is of no use to a person's own.
+_DATASETS = tempfile.TemporaryDirectory(prefix="grpo-datasets-")
+os.environ["HF_DATASETS_CACHE"] = _DATASETS.name
 
 # No limit on an example's time: on a busy machine it would judge the machine.
 settings.register_profile("here", deadline=None)

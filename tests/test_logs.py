@@ -25,6 +25,7 @@ def this_process_says(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handlers, level = list(root.handlers), root.level
     monkeypatch.setenv(LOG_FACTS, "{}")
     root.handlers.clear()  # pytest's own, which `set_up` would close
+    logging.captureWarnings(False)  # else what an earlier test left on, and pytest took back, is on by name alone
     logs.set_up(job="math", namespace="team-a", role="trainer", member="trainer-1", attempt=2, rank=None)
     try:
         yield

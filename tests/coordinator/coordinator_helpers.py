@@ -123,6 +123,7 @@ class Engine:
         self.hang_at_sync = False
         self.log: list[str] = []  # what was asked of it, in order
         self.state: Any = "ready"
+        self.terminating = ""
         self.released = asyncio.Event()  # lets what hangs end when the test is over
         self.url = ""
         self._runner: web.AppRunner | None = None
@@ -152,7 +153,14 @@ class Engine:
         self.instance, self.version = f"{self.instance}+", -1
 
     def beat(self) -> Heartbeat:
-        return Heartbeat(role="rollout", name=self.name, instance=self.instance, url=self.url, state=self.state)
+        return Heartbeat(
+            role="rollout",
+            name=self.name,
+            instance=self.instance,
+            url=self.url,
+            state=self.state,
+            terminating=self.terminating,
+        )
 
     async def write(self, stream: web.StreamResponse, result: GroupResult) -> None:
         self.answered.append(result.id)

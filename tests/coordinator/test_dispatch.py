@@ -270,9 +270,14 @@ async def test_an_engine_that_takes_leave_or_falls_silent_says_nothing_of_its_pr
         if len(engine.requests) > 6:
             await good(engine, stream, http, request)
             return
-        here.members.beat(msgspec.structs.replace(engine.beat(), state="failed", terminating=engine.name))
+        engine.state, engine.terminating = "failed", engine.name
+        here.beat()
         assert http.transport is not None
         http.transport.abort()
+        asyncio.get_running_loop().call_later(0.3, back, engine)  # long after the cut was seen
+
+    def back(engine: Engine) -> None:
+        engine.state, engine.terminating = "ready", ""
 
     async with world(Engine("rollout-0", leaves)) as here:
         done = await dispatch(here, 8, atomic=True, max_attempts=1)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_worker.data import DataOptions, PromptDataset, PromptEncoder, convert_gsm8k, make_reasoning_gym
+from grpo_worker.data import DataOptions, PromptDataset, PromptEncoder, convert_gsm8k, make_reasoning_gym, open_files
 from grpo_worker.data.gsm8k import final_number
 from grpo_worker.errors import ConfigError, DataError, UsageError
 
@@ -78,9 +78,9 @@ def test_gsm8k_for_training_has_no_response_and_for_test_the_full_answer(source:
 
 def test_converted_files_load(source: Path, tmp_path: Path, plain_tokenizer: Any) -> None:
     output = tmp_path / "train.parquet"
-    convert_gsm8k([source], output, "train", None, 0, row_group_rows=64)
-    assert pq.ParquetFile(output).metadata.num_row_groups == 4
-    assert PromptDataset([output], DataOptions(), PromptEncoder(plain_tokenizer, 200)).scan().kept == 200
+    convert_gsm8k([source], output, "train", None, 0)
+    options = DataOptions()
+    assert PromptDataset(open_files([output], options), options, PromptEncoder(plain_tokenizer, 200)).scan().kept == 200
 
 
 def test_the_file_depends_on_the_seed_alone(source: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_reasoning_gym_problems_keep_their_entry_for_the_verifier(tmp_path: Path
     import reasoning_gym
 
     output = tmp_path / "test.parquet"
-    make_reasoning_gym("simple_equations", 20, 3, output, {"max_terms": 3}, "test", row_group_rows=8)
+    make_reasoning_gym("simple_equations", 20, 3, output, {"max_terms": 3}, "test")
     rows = pq.read_table(output).to_pylist()
     assert list(rows[0]) == ["prompt", "response", "reward", "task", "entry"] and len(rows) == 20
     dataset = reasoning_gym.create_dataset("simple_equations", size=20, seed=3, max_terms=3)

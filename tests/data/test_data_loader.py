@@ -5,23 +5,24 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_worker.data import Cursor, DataOptions, FunctionDataset, PromptDataset, PromptEncoder
-from grpo_worker.data.order import KeptRows, permutation, row_order
-from grpo_worker.data.reader import RowGroupIndex, RowGroupReader
-from grpo_worker.data.schema import check_files
+from grpo_worker.data import Cursor, DataOptions, FunctionRows, PromptDataset, PromptEncoder, open_files
+from grpo_worker.data.order import epoch_order, permutation
 from grpo_worker.errors import DataError
 
 # Of the module, since Arrow keeps only a pointer: a pool that dies before a buffer of it takes the process along.
-COUNTING_POOL = pa.proxy_memory_pool(pa.default_memory_pool())
+DEFAULT_POOL = pa.default_memory_pool()
+COUNTING_POOL = pa.proxy_memory_pool(DEFAULT_POOL)
 
 
 @pytest.fixture
@@ -30,7 +31,15 @@ def encoder(plain_tokenizer: Any) -> PromptEncoder:
 
 
 def dataset(files: list[Path], encoder: PromptEncoder, **options: Any) -> PromptDataset:
-    return PromptDataset(files, DataOptions(**options), encoder)
+    chosen = DataOptions(**options)
+    return PromptDataset(open_files(files, chosen), chosen, encoder)
+
+
+def of_function(
+    spec: str, encoder: PromptEncoder, kwargs: dict[str, Any] | None = None, **options: Any
+) -> PromptDataset:
+    chosen = DataOptions(**options)
+    return PromptDataset([FunctionRows(spec, chosen, kwargs)], chosen, encoder)
 
 
 @pytest.fixture
@@ -77,24 +86,23 @@ def test_an_epoch_has_each_kept_row_once_and_epochs_and_seeds_differ(
     assert all(one != other for one, other in itertools.combinations(orders.values(), 2))
 
 
-def test_rows_within_a_row_group_are_shuffled_anew_each_epoch(write_parquet: Any, encoder: PromptEncoder) -> None:
-    path = write_parquet(10, row_group_rows=10)
-    rows = [prompt.row for prompt in dataset([path], encoder, total_epochs=3).iterate()]
-    epochs = [rows[start : start + 10] for start in (0, 10, 20)]
-    assert [sorted(order) for order in epochs] == [list(range(10))] * 3
-    assert len({tuple(order) for order in [*epochs, list(range(10))]}) == 4
+def test_the_rows_of_all_files_are_one_sequence_that_each_epoch_shuffles_anew(
+    write_parquet: Any, encoder: PromptEncoder
+) -> None:
+    files = [write_parquet(100, f"{tag}.parquet", row_group_rows=100, tag=tag) for tag in "ab"]
+    prompts = list(dataset(files, encoder, total_epochs=3).iterate())
+    epochs = [[(p.file, p.row) for p in prompts[start : start + 200]] for start in (0, 200, 400)]
+    assert [sorted(order) for order in epochs] == [[(file, row) for file in (0, 1) for row in range(100)]] * 3
+    assert len({tuple(order) for order in epochs}) == 3
+    for order in epochs:  # both files are in every tenth of an epoch: the odds of one missing are 2 in a million
+        assert all({file for file, _ in order[start : start + 20]} == {0, 1} for start in range(0, 200, 20))
 
 
-def test_each_row_group_has_its_own_order() -> None:
-    orders = [row_order(20, seed=0, epoch=0, block=block, shuffle=True).tolist() for block in range(4)]
-    assert all(one != other for one, other in itertools.combinations(orders, 2))
-
-
-def test_row_groups_are_shuffled_anew_each_epoch(write_parquet: Any, encoder: PromptEncoder) -> None:
-    path = write_parquet(10, row_group_rows=1)
-    rows = [prompt.row for prompt in dataset([path], encoder, total_epochs=3).iterate()]
-    epochs = [tuple(rows[start : start + 10]) for start in (0, 10, 20)]
-    assert len({*epochs, tuple(range(10))}) == 4
+def test_rows_that_are_left_out_move_no_other() -> None:
+    everyone = epoch_order(np.ones(50, np.bool_), seed=1, epoch=2, shuffle=True)
+    kept = np.arange(50) % 7 != 3
+    assert sorted(everyone.tolist()) == list(range(50))
+    assert epoch_order(kept, seed=1, epoch=2, shuffle=True).tolist() == [n for n in everyone.tolist() if n % 7 != 3]
 
 
 def test_the_same_seed_gives_the_same_order(two_files: list[Path], encoder: PromptEncoder) -> None:
@@ -157,50 +165,70 @@ def test_a_cursor_outside_the_data_is_refused(two_files: list[Path], encoder: Pr
         dataset(two_files, encoder).iterate(cursor)
 
 
-def test_seeking_reads_only_the_row_groups_that_are_left(
+def test_a_second_start_finds_the_tokens_in_the_cache(
     two_files: list[Path], encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = dataset(two_files, encoder, shuffle=False)
-    data.scan()
-    read: list[int] = []
-    select = RowGroupReader.select
-    monkeypatch.setattr(RowGroupReader, "select", lambda self, at: (read.append(at), select(self, at))[1])
-    assert [prompt.text for prompt in data.iterate(Cursor(0, 12))] == ["b4", "b5"]
-    assert read == [5]
+    whole = list(dataset(two_files, encoder).iterate())
+    encoded: list[int] = []
+    encode = PromptEncoder.encode_batch
+    monkeypatch.setattr(
+        PromptEncoder, "encode_batch", lambda self, some, where: encoded.append(len(some)) or encode(self, some, where)
+    )
+    assert list(dataset(two_files, encoder).iterate()) == whole
+    assert encoded == []
+    assert dataset(two_files, replace(encoder, max_prompt_tokens=9)).scan().kept == 17
+    assert encoded == [11, 6]
 
 
-def test_only_one_row_group_is_decoded_at_a_time(tmp_path: Path, plain_tokenizer: Any) -> None:
-    """Twelve row groups of 4 MiB: Arrow holds one decoded, and at most a chunk of rows taken from it (1.25 in all)."""
-    path, group_rows, groups = tmp_path / "large.parquet", 1024, 12
-    schema = pa.schema([("prompt", pa.string()), ("reward", pa.string()), ("blob", pa.string())])
-    with pq.ParquetWriter(path, schema, use_dictionary=False, compression="none") as writer:
-        for group in range(groups):
-            blobs = [os.urandom(2048).hex() for _ in range(group_rows)]
-            rows = {"prompt": [f"{group}"] * group_rows, "reward": ["1"] * group_rows, "blob": blobs}
-            writer.write_table(pa.table(rows, schema=schema))
-    del rows, blobs
-    group_bytes = group_rows * 4096
-    data = PromptDataset([path], DataOptions(seed=1, total_epochs=2), PromptEncoder(plain_tokenizer, 8))
-    pool, before = COUNTING_POOL, pa.default_memory_pool()
-    pa.set_memory_pool(pool)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_prompt_tokens": 9}, {"filter_overlong": False, "truncation": "left"}, {"chat_template": "never"},
+        {"system_prompt": "Be brief."}, {"template_kwargs": {"suffix": "!"}},
+    ],
+)  # fmt: skip
+def test_the_cache_knows_each_setting_that_changes_a_prompt(chat_tokenizer: Any, change: dict[str, Any]) -> None:
+    before = PromptEncoder(chat_tokenizer, 8)
+    assert before.identity() == PromptEncoder(chat_tokenizer, 8).identity()
+    assert before.identity() != replace(before, **change).identity()
+
+
+def test_the_cache_knows_the_template_and_the_tokens(make_tokenizer: Any) -> None:
+    plain, chat, added = (make_tokenizer(eos_token="<eos>") for _ in range(3))
+    chat.chat_template = "{{ messages[0].content }}"
+    added.add_tokens(["<think>"])
+    assert len({PromptEncoder(tokenizer, 8).identity() for tokenizer in (plain, chat, added)}) == 3
+
+
+def test_a_file_that_was_written_again_is_read_again(write_parquet: Any, encoder: PromptEncoder) -> None:
+    path = write_parquet(10)
+    data, status = dataset([path], encoder), path.stat()
+    assert data.scan().rows == 10
+    write_parquet(12)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as an archive that is unpacked does
+    assert len(list(data.iterate())) == 10, "what a job has opened it reads to its end"
+    assert dataset([path], encoder).scan().rows == 12
+
+
+def test_text_of_any_size_is_read_in_small_pieces(tmp_path: Path, plain_tokenizer: Any) -> None:
+    """32 MiB in one row group: neither the scan nor the reading of single rows takes a tenth of that from Arrow."""
+    rows = 2048
+    path = tmp_path / "large.parquet"
+    blobs = [os.urandom(8192).hex() for _ in range(rows)]
+    table = pa.table({"prompt": [str(n) for n in range(rows)], "reward": ["1"] * rows, "blob": blobs})
+    pq.write_table(table, path, row_group_size=rows, use_dictionary=False, compression="none")
+    del table, blobs
+    dataset([path], PromptEncoder(plain_tokenizer, 8)).scan()  # the copy that is mapped is made once, chunk by chunk
+    pa.set_memory_pool(COUNTING_POOL)
     try:
-        assert data.scan().kept == group_rows * groups
-        scanned_bytes = pool.max_memory()
-        assert sum(1 for _ in data.iterate()) == 2 * group_rows * groups
-        iterated_bytes = pool.max_memory()
-        assert pool.bytes_allocated() == 0
+        data = dataset([path], PromptEncoder(plain_tokenizer, 7), seed=1)
+        assert data.scan().kept == rows
+        prompts = data.iterate()
+        texts = {next(prompts).text for _ in range(300)}
+        prompts.close()
+        assert len(texts) == 300 and COUNTING_POOL.max_memory() < 8 << 20
     finally:
-        pa.set_memory_pool(before)
-    assert scanned_bytes < group_bytes / 4, "the scan reads the prompt and the ground truth only"
-    assert group_bytes <= iterated_bytes < 1.75 * group_bytes, "a second decoded row group would make it 2 or more"
-
-
-def test_the_kept_rows_take_a_bit_each() -> None:
-    import numpy as np
-
-    mask = np.arange(1001) % 3 == 0
-    kept = KeptRows(mask)
-    assert (kept.mask() == mask).all() and kept.count == 334 and len(kept.tobytes()) == 126
+        pa.set_memory_pool(DEFAULT_POOL)
 
 
 def test_empty_row_groups_are_passed_over(tmp_path: Path, encoder: PromptEncoder) -> None:
@@ -208,7 +236,6 @@ def test_empty_row_groups_are_passed_over(tmp_path: Path, encoder: PromptEncoder
     with pq.ParquetWriter(path, schema) as writer:
         for prompts in (["a"], [], ["b", "c"]):
             writer.write_table(pa.table({"prompt": prompts, "reward": ["1"] * len(prompts)}, schema=schema))
-    assert len(RowGroupIndex.of(check_files([path], DataOptions()))) in (2, 3)
     prompts = dataset([path], encoder, shuffle=False).iterate()
     assert [(prompt.row, prompt.text) for prompt in prompts] == [(0, "a"), (1, "b"), (2, "c")]
 
@@ -219,6 +246,15 @@ def test_empty_row_groups_are_passed_over(tmp_path: Path, encoder: PromptEncoder
         (["42", " x "], ["42", " x "]),
         ([42, -7], ["42", "-7"]),
         ([42.0, 0.5], ["42", "0.5"]),
+        (pa.array([0.1, 2.0], pa.float32()), ["0.1", "2"]),
+        (pa.array([0.1, 2.0], pa.float16()), ["0.1", "2"]),
+        (pa.array(["1.50", "100"]).cast(pa.decimal128(5, 2)), ["1.50", "100"]),
+        ([True, False], ["true", "false"]),
+        ([["a", "b"], []], ['["a", "b"]', "[]"]),
+        (pa.array([[0.1], [2.5]], pa.list_(pa.float32())), ["[0.1]", "[2.5]"]),
+        ([{"target": ["Ωmega"]}, {"target": ["b"]}], ['{"target": ["Ωmega"]}', '{"target": ["b"]}']),
+        (pa.array(["x", "y"], pa.string_view()), ["x", "y"]),
+        (pa.array(["x", "y"]).dictionary_encode(), ["x", "y"]),
     ],
 )
 def test_the_ground_truth_is_text(write_parquet: Any, encoder: PromptEncoder, rewards: Any, texts: list[str]) -> None:
@@ -278,8 +314,7 @@ def test_messages_and_verls_columns_are_read_as_they_are(write_parquet: Any, cha
             "reward_model": [{"ground_truth": "2", "style": "rule"}],
         }
     )
-    options = DataOptions(reward_key="reward_model.ground_truth")
-    (prompt,) = PromptDataset([path], options, PromptEncoder(chat_tokenizer, 50)).iterate()
+    (prompt,) = dataset([path], PromptEncoder(chat_tokenizer, 50)).iterate()
     assert (prompt.text, prompt.ground_truth) == ("<u>1+1?|<a>", "2")
     assert prompt.data == {"data_source": "openai/gsm8k", "reward_model": {"ground_truth": "2", "style": "rule"}}
 
@@ -302,7 +337,7 @@ def test_restoring_with_changed_data_says_what_changed(
 ) -> None:
     # Nine one-digit prompts of 2 tokens; the tenth is over a limit of 2.
     columns = {"prompt": [f"p{n}" for n in range(9)] + ["long"], "reward": ["1"] * 10}
-    first = PromptDataset([write_parquet(columns)], DataOptions(), PromptEncoder(plain_tokenizer, 8))
+    first = dataset([write_parquet(columns)], PromptEncoder(plain_tokenizer, 8))
     state = first.state_dict(Cursor(0, 3))
     limit = change.get("limit")
     if limit:
@@ -310,7 +345,7 @@ def test_restoring_with_changed_data_says_what_changed(
     tag, rows = change.get("tag", "p"), change.get("rows", 10)
     columns = {"prompt": [f"{tag}{n}" for n in range(9)] + ["long"] * (rows - 9), "reward": ["1"] * rows}
     path = write_parquet(columns, change.get("name", "train.parquet"))
-    second = PromptDataset([path], DataOptions(**change.get("options", {})), PromptEncoder(plain_tokenizer, limit or 8))
+    second = dataset([path], PromptEncoder(plain_tokenizer, limit or 8), **change.get("options", {}))
     with pytest.raises(DataError) as caught:
         second.restore(state)
     assert "the data is not what the checkpoint was made with" in str(caught.value) and part in str(caught.value)
@@ -323,7 +358,7 @@ def test_more_epochs_may_be_asked_for_at_restore(write_parquet: Any, encoder: Pr
     assert len(list(longer.iterate(longer.restore(state)))) == 10
 
 
-@pytest.mark.parametrize("state", [{}, {"version": 1, "cursor": {}, "fingerprint": {}}, {"version": 1, "cursor": None}])
+@pytest.mark.parametrize("state", [{}, {"version": 2, "cursor": {}, "fingerprint": {}}, {"version": 2, "cursor": None}])
 def test_a_state_that_cannot_be_read_is_a_data_error(
     write_parquet: Any, encoder: PromptEncoder, state: dict[str, Any]
 ) -> None:
@@ -333,16 +368,8 @@ def test_a_state_that_cannot_be_read_is_a_data_error(
 
 def test_a_state_of_another_version_is_refused(write_parquet: Any, encoder: PromptEncoder) -> None:
     data = dataset([write_parquet(10)], encoder)
-    with pytest.raises(DataError, match="keeps its data state in version 2, this program in 1"):
-        data.restore({**data.state_dict(Cursor()), "version": 2})
-
-
-def test_a_file_that_changes_after_the_scan_is_noticed(write_parquet: Any, encoder: PromptEncoder) -> None:
-    data = dataset([write_parquet(10)], encoder)
-    data.scan()
-    write_parquet(12)
-    with pytest.raises(DataError, match="changed while the job was using it"):
-        next(data.iterate())
+    with pytest.raises(DataError, match="keeps its data state in version 3, this program in 2"):
+        data.restore({**data.state_dict(Cursor()), "version": 3})
 
 
 USER_MODULE = """
@@ -360,6 +387,13 @@ def texts():
     return ["a"]
 def no_reward():
     return [{"prompt": "a", "reward": 1}, {"prompt": "a", "answer": 1}]
+def other_shape():
+    return [{"prompt": "a", "reward_model": {"ground_truth": 1}}, {"prompt": "a", "reward": 1}]
+def of_numpy():
+    import numpy as np
+    messages = np.array([{"role": "user", "content": "a"}], dtype=object)
+    truths = (np.float32(0.1), np.int64(7), np.bool_(True), np.array([1, 2]), {"target": np.array(["x"])})
+    return [{"prompt": messages, "reward": truth} for truth in truths]
 value = 3
 """
 
@@ -375,15 +409,21 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_function_is_a_dataset_with_the_same_interface(user_module: str, encoder: PromptEncoder) -> None:
-    data = FunctionDataset("user_data:rows", DataOptions(seed=2, total_epochs=2), encoder, {"n": 7})
+    data = of_function("user_data:rows", encoder, {"n": 7}, seed=2, total_epochs=2)
     whole = list(data.iterate())
     assert len(whole) == 14 and data.steps_per_epoch(3) == 2
     assert sorted(prompt.uid for prompt in whole[:7]) == [f"e0-f0-r{row}" for row in range(7)]
     assert whole[0].data == {"hint": whole[0].row ** 2} and whole[0].ground_truth == str(whole[0].row)
-    again = FunctionDataset("user_data:rows", DataOptions(seed=2, total_epochs=2), encoder, {"n": 7})
+    again = of_function("user_data:rows", encoder, {"n": 7}, seed=2, total_epochs=2)
     assert list(again.iterate(again.restore(data.state_dict(Cursor(0, 5))))) == whole[5:]
     with pytest.raises(DataError, match="the files were user_data:rows and are user_data:other"):
-        FunctionDataset("user_data:other", DataOptions(), encoder).restore(data.state_dict(Cursor()))
+        of_function("user_data:other", encoder).restore(data.state_dict(Cursor()))
+
+
+def test_what_numpy_and_pandas_make_of_values_is_understood(user_module: str, encoder: PromptEncoder) -> None:
+    prompts = list(of_function("user_data:of_numpy", encoder, shuffle=False).iterate())
+    assert [prompt.text for prompt in prompts] == ["a"] * 5
+    assert [prompt.ground_truth for prompt in prompts] == ["0.1", "7", "true", "[1, 2]", '{"target": ["x"]}']
 
 
 @pytest.mark.parametrize(
@@ -399,12 +439,16 @@ def test_a_function_is_a_dataset_with_the_same_interface(user_module: str, encod
         ("user_data:number", "returned a int. Return an iterable of dicts"),
         ("user_data:empty", "returned no rows"),
         ("user_data:texts", "row 0 is a str, not a dict"),
-        ("user_data:no_reward", "row 1 has no 'reward' (keys: prompt, answer). Add it, or set data.rewardKey."),
+        (
+            "user_data:no_reward",
+            "row 1 has no 'reward' (keys: prompt, answer). Is it 'answer'? Rename it, or set data.rewardKey: answer.",
+        ),
+        ("user_data:other_shape", "row 1 has another shape than row 0"),
     ],
 )
 def test_a_function_that_cannot_be_used_says_why(
     user_module: str, encoder: PromptEncoder, spec: str, part: str
 ) -> None:
     with pytest.raises(DataError) as caught:
-        FunctionDataset(spec, DataOptions(), encoder)
+        of_function(spec, encoder).scan()
     assert str(caught.value).startswith("data.dataset: ") and part in str(caught.value)

@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo_worker.environment import LOG_FACTS, LOG_FORMAT
 
-TEXT, JSON = "text", "json"
+JSON = "json"  # or text
 
 _moment: dict[str, int] = {}
 

@@ -52,6 +52,7 @@ def cluster_notes(spec: Spec) -> list[str]:
     files += [("data.validationFiles", path) for path in spec.data.validation_files]
     if spec.model.path.startswith("/") or Path(spec.model.path).is_dir():  # else it may be a Hugging Face id
         files.append(("model.path", spec.model.path))
+    files = [(field, path) for field, path in files if not path.startswith("hf://")]
     relative = [path for _, path in files if not path.startswith("/")]
     notes = []
     if relative:

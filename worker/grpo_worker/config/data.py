@@ -9,11 +9,16 @@ ChatTemplate = Literal["auto", "never"]
 
 
 class Data(Section):
-    """Prompts: Parquet files, or a function of yours."""
+    """Prompts: files, data sets of the Hugging Face hub, or a function of yours."""
 
-    train_files: list[str] = field(list, "Parquet files of the training prompts.", verl="data.train_files")
+    train_files: list[str] = field(
+        list,
+        "Training prompts: Parquet, JSON Lines (.jsonl) or CSV files, patterns (data/*.parquet), or data sets of the Hugging Face hub "
+        "(hf://OWNER/NAME:CONFIGURATION:SPLIT; without a split, train).",
+        verl="data.train_files",
+    )
     validation_files: list[str] = field(
-        list, "Parquet files of the held-out prompts; without any, no validation runs.", verl="data.val_files"
+        list, "Held-out prompts, named as trainFiles; without any, no validation runs.", verl="data.val_files"
     )
     dataset: FunctionPath | None = field(
         None, "module:function that yields rows (dicts) in place of trainFiles.", verl="data.custom_cls"
@@ -21,10 +26,14 @@ class Data(Section):
     prompt_key: str = field(
         "prompt", "Column of the prompt: text, or a list of chat messages.", verl="data.prompt_key", min_length=1
     )
-    response_key: str = field("response", "Column of the reference response; may be empty.", min_length=1)
+    response_key: str = field(
+        "response",
+        "Column of a reference response, which nothing reads: the reward function gets the other columns.",
+        min_length=1,
+    )
     reward_key: str = field(
         "reward",
-        "Column of the ground truth; a dotted path reads a struct, e.g. reward_model.ground_truth.",
+        "Column of the ground truth; a dotted path reads a struct. verl's reward_model.ground_truth is found where there is no column of this name.",
         min_length=1,
     )
     train_batch_size: int = field(1024, "Prompts a step.", verl="data.train_batch_size", unit="prompts", ge=1)
@@ -42,7 +51,7 @@ class Data(Section):
     )
     chat_template: ChatTemplate = field("auto", "auto applies the tokenizer's chat template when it has one.")
     system_prompt: str | None = field(None, "System message put before each prompt (with a chat template).")
-    shuffle: bool = field(True, "Shuffle by seed and epoch: row groups, and rows within each.", verl="data.shuffle")
+    shuffle: bool = field(True, "Shuffle all rows of all files by seed and epoch.", verl="data.shuffle")
     seed: int = field(1, "Seed of the shuffle.", verl="data.seed", ge=0, le=LARGEST_SEED)
 
 

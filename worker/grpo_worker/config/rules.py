@@ -201,7 +201,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: bool(s.data.train_files) == bool(s.data.dataset),
         "(size(self.data.trainFiles) > 0) != has(self.data.dataset)",
         "exactly one of data.trainFiles and data.dataset gives the prompts",
-        "Set data.trainFiles to Parquet files, or data.dataset to module:function.",
+        "Set data.trainFiles to files, or data.dataset to module:function.",
     ),
     Rule(
         "algorithm.overlongBuffer.length",

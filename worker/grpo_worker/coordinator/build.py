@@ -37,7 +37,7 @@ from grpo_worker.coordinator.timing import StartupTimer
 from grpo_worker.coordinator.trainer_client import TrainerClient
 from grpo_worker.coordinator.validation import MakeDispatcher, OnDone, Validation
 from grpo_worker.coordinator.weight_sync import WeightSync
-from grpo_worker.data.dataset import BlockDataset, Prompt, ScanReport
+from grpo_worker.data.dataset import Prompt, PromptDataset, ScanReport
 from grpo_worker.data.order import Cursor
 from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
 from grpo_worker.environment import RESUME
@@ -152,7 +152,7 @@ def _estimator(name: str) -> AdvantageEstimator:
     return ESTIMATORS[name] if name in ESTIMATORS else load_function(name, "algorithm.advantageEstimator")
 
 
-def _open_data(spec: Spec, model: Path, events: EventLog) -> tuple[TokenizerInfo, BlockDataset, list[Prompt]]:
+def _open_data(spec: Spec, model: Path, events: EventLog) -> tuple[TokenizerInfo, PromptDataset, list[Prompt]]:
     """Read and tokenise everything once. Raises DataError."""
     tokenizer = load_tokenizer(model)
     for note in tokenizer.notes:
@@ -172,11 +172,9 @@ def _tell_of_data(events: EventLog, what: str, report: ScanReport) -> None:
     if report.truncated:
         text += f"; {report.truncated} cut to data.maxPromptLength"
     events.emit("info", "DataLoaded", text)
-    for note in report.notes:
-        events.emit("warning", "Data", note)
 
 
-def _check_decay(spec: Spec, data: BlockDataset) -> None:
+def _check_decay(spec: Spec, data: PromptDataset) -> None:
     """Raises ConfigError when the learning rate could not decay even in a run from the start."""
     steps = _schedule(spec, data, Cursor(), 0).last_version
     updates = steps * spec.actor.updates_per_step(spec.data.train_batch_size)
@@ -214,7 +212,7 @@ async def _start_scorer(
     return scorer
 
 
-def _schedule(spec: Spec, data: BlockDataset, cursor: Cursor, step: int) -> Schedule:
+def _schedule(spec: Spec, data: PromptDataset, cursor: Cursor, step: int) -> Schedule:
     dynamic = spec.algorithm.filter_groups
     return Schedule(
         data.iterate(cursor),

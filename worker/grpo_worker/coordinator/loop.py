@@ -30,7 +30,7 @@ from grpo_worker.coordinator.timing import StartupTimer, Timer
 from grpo_worker.coordinator.trainer_client import TrainerLost
 from grpo_worker.coordinator.validation import MakeDispatcher, Validation
 from grpo_worker.coordinator.weight_sync import SyncReport, WeightSync
-from grpo_worker.data.dataset import BlockDataset
+from grpo_worker.data.dataset import PromptDataset
 from grpo_worker.environment import DEVICE_COUNT
 from grpo_worker.errors import DataError, GRPOError, YieldedError
 
@@ -39,7 +39,7 @@ from grpo_worker.errors import DataError, GRPOError, YieldedError
 class Parts:
     """What the loop drives. Made by `coordinator.build`, so that each part can be replaced."""
 
-    dataset: BlockDataset
+    dataset: PromptDataset
     model: dict[str, Any]  # described, for the checkpoint
     schedule: Schedule
     halt: Halt

@@ -9,20 +9,18 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from grpo_worker.config import Spec
-from grpo_worker.data.dataset import BlockDataset, FunctionDataset, Prompt, PromptDataset, ScanReport
+from grpo_worker.data.dataset import Prompt, PromptDataset, ScanReport
+from grpo_worker.data.files import FunctionRows, open_files
 from grpo_worker.data.options import DataOptions
 from grpo_worker.data.tokenize import PromptEncoder
 
 
-def open_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> BlockDataset:
+def open_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
     """Opened, checked and scanned. Raises DataError."""
     data = spec.data
-    options, encoder = _options(spec), _encoder(spec, tokenizer)
-    dataset = (
-        FunctionDataset(data.dataset, options, encoder)
-        if data.dataset
-        else PromptDataset(data.train_files, options, encoder)
-    )
+    options = _options(spec)
+    rows = [FunctionRows(data.dataset, options)] if data.dataset else open_files(data.train_files, options)
+    dataset = PromptDataset(rows, options, _encoder(spec, tokenizer))
     dataset.scan()
     dataset.steps_per_epoch(data.train_batch_size)  # raises when a batch is larger than the data
     return dataset
@@ -33,7 +31,8 @@ def open_validation_prompts(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> t
     if not spec.data.validation_files:
         return [], None
     options = replace(_options(spec), shuffle=False, total_epochs=1, field="data.validationFiles")
-    dataset = PromptDataset(spec.data.validation_files, options, _encoder(spec, tokenizer))
+    rows = open_files(spec.data.validation_files, options)
+    dataset = PromptDataset(rows, options, _encoder(spec, tokenizer))
     return list(itertools.islice(dataset.iterate(), spec.rollout.validation.max_prompts)), dataset.scan()
 
 

@@ -3,32 +3,39 @@
 Invariants:
 - `iterate(cursor)` yields exactly what an uninterrupted iteration yields from that cursor on, so a checkpoint needs
   two integers to resume the data. A changed data set is refused at restore, never silently continued.
-- Whatever is wrong with any row is found by `scan()`, before a GPU does anything. It tokenises every prompt and keeps
-  one bit a row, so the number of steps in an epoch is exact.
-- Memory is one decoded row group, a few hundred prompts, and the bits.
+- Whatever is wrong with any row is found by `scan()`, before a GPU does anything. It tokenises every prompt, so the number
+  of steps in an epoch is exact, and keeps the tokens in the cache of `datasets`: a start with the same rows, tokenizer and
+  limits finds them there.
+- Memory is a few hundred prompts, and some bytes a row for the order; the rest is mapped from files.
 """
 
 import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
+from grpo_worker.data.columns import keys_of_rows
+from grpo_worker.data.files import Rows
 from grpo_worker.data.options import DataOptions
-from grpo_worker.data.order import Cursor, KeptRows, epoch_order
-from grpo_worker.data.reader import RawRow
-from grpo_worker.data.source import FunctionSource, ParquetSource, RowSource
-from grpo_worker.data.tokenize import EncodedPrompt, PromptEncoder
+from grpo_worker.data.order import Cursor, Indices, epoch_order
+from grpo_worker.data.tokenize import PromptEncoder
 from grpo_worker.errors import DataError
 
-STATE_VERSION = 1
-# Rows that are Python objects at one time: enough to tokenise in a batch, few enough not to count.
-CHUNK_ROWS = 256
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+STATE_VERSION = 2
+# Of what the cache holds: to be raised with every change of what `_encode` makes of a row.
+ENCODING_VERSION = 1
+CHUNK_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -60,54 +67,40 @@ class ScanReport:
     dropped_overlong: int
     truncated: int
     longest_prompt_tokens: int
-    notes: tuple[str, ...]
 
 
-class BlockDataset:
-    """Prompts of a row source: scanned once, then iterated from any cursor."""
+class PromptDataset:
+    """The prompts of some rows: tokenised once, then iterated from any cursor."""
 
-    def __init__(self, source: RowSource, options: DataOptions, encoder: PromptEncoder) -> None:
+    def __init__(self, rows: Sequence[Rows], options: DataOptions, encoder: PromptEncoder) -> None:
+        """`rows`: of `open_files`, or a function's."""
         self.options = options
-        self._source = source
+        self._rows = rows
+        self._starts = np.cumsum([0, *map(len, rows)])
         self._encoder = encoder
-        self._kept: list[KeptRows] = []
+        self._encoded: list[Dataset] = []
+        self._kept = np.zeros(0, np.bool_)
         self._checksums: list[int] = []
         self._report: ScanReport | None = None
 
     def scan(self) -> ScanReport:
-        """Read, check and tokenise every row once; later calls return the first one's report."""
+        """Read, check and tokenise every row, or find that done in the cache; later calls return the first one's report."""
         if self._report is not None:
             return self._report
-        kept: list[KeptRows] = []
-        checksums = [0] * len(self._source.files)
-        truncated = longest = 0
-        with self._source.open(needed_only=True) as reader:
-            for position, group in enumerate(self._source.index.groups):
-                reader.select(position)
-                mask = np.zeros(group.rows, dtype=np.bool_)
-                for start in range(0, group.rows, CHUNK_ROWS):
-                    chunk = range(start, min(start + CHUNK_ROWS, group.rows))
-                    raw = reader.rows(chunk)
-                    first_row = group.first_row + start
-                    encoded = self._encode(raw, group.file, range(first_row, first_row + len(raw)))
-                    for offset, (row, prompt) in enumerate(zip(raw, encoded, strict=True)):
-                        truth = ground_truth(row.reward, self._source.where(group.file, first_row + offset))
-                        content = json.dumps([row.prompt, truth], default=str).encode()
-                        checksums[group.file] = zlib.crc32(content, checksums[group.file])
-                        if prompt is not None:
-                            mask[start + offset] = True
-                            truncated += prompt.truncated
-                            longest = max(longest, len(prompt.token_ids))
-                kept.append(KeptRows(mask))
-        rows, kept_rows = self._source.index.rows, sum(block.count for block in kept)
-        if kept_rows == 0:
+        features, identity = _features(), f"{ENCODING_VERSION} {self._encoder.identity()}"
+        encoded = [rows.encode(partial(self._encode, rows), features, identity) for rows in self._rows]
+        tokens = np.concatenate([_column(part, "tokens") for part in encoded])
+        kept = tokens > 0
+        if not kept.any():
             raise DataError(
-                f"{self.options.field}: all {rows} prompts are over data.maxPromptLength = "
+                f"{self.options.field}: all {len(kept)} prompts are over data.maxPromptLength = "
                 f"{self._encoder.max_prompt_tokens} tokens. Raise it, or set data.filterOverlongPrompts: false and "
                 "data.truncation to left, right or middle."
             )
-        self._kept, self._checksums = kept, checksums
-        self._report = ScanReport(rows, kept_rows, rows - kept_rows, truncated, longest, self._source.notes)
+        self._encoded, self._kept = encoded, kept
+        self._checksums = [zlib.crc32(_column(part, "checksum").tobytes()) for part in encoded]
+        truncated = sum(int(_column(part, "truncated").sum()) for part in encoded)
+        self._report = ScanReport(len(kept), int(kept.sum()), int((~kept).sum()), truncated, int(tokens.max()))
         return self._report
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -169,89 +162,126 @@ class BlockDataset:
     def fingerprint(self) -> dict[str, Any]:
         """What fixes the order and the content of the prompts. The number of epochs may change; this may not."""
         report = self.scan()
-        kept_crc32 = 0
-        for block in self._kept:
-            kept_crc32 = zlib.crc32(block.tobytes(), kept_crc32)
         return {
             "files": [
-                {"name": file.name, "size_bytes": file.size_bytes, "rows": file.rows, "content_crc32": checksum}
-                for file, checksum in zip(self._source.files, self._checksums, strict=True)
+                {"name": rows.name, "size_bytes": rows.size_bytes, "rows": len(rows), "content_crc32": checksum}
+                for rows, checksum in zip(self._rows, self._checksums, strict=True)
             ],
-            "row_groups": len(self._source.index),
             "seed": self.options.seed,
             "shuffle": self.options.shuffle,
             "kept": report.kept,
-            "kept_crc32": kept_crc32,
+            "kept_crc32": zlib.crc32(np.packbits(self._kept).tobytes()),
             "max_prompt_tokens": self._encoder.max_prompt_tokens,
         }
 
     def _iterate(self, cursor: Cursor) -> Iterator[Prompt]:
-        options, groups = self.options, self._source.index
-        with self._source.open(needed_only=False) as reader:
-            for epoch in range(cursor.epoch, options.total_epochs):
-                start = cursor if epoch == cursor.epoch else Cursor(epoch)
-                blocks = epoch_order(self._kept, start, seed=options.seed, shuffle=options.shuffle)
-                for block, position, order in blocks:
-                    reader.select(block)
-                    for first in range(0, len(order), CHUNK_ROWS):
-                        indices = order[first : first + CHUNK_ROWS].tolist()
-                        rows = [groups[block].first_row + index for index in indices]
-                        raw = reader.rows(indices)
-                        yield from self._prompts(raw, groups[block].file, rows, epoch, position + first)
+        """A chunk is read while the one before is used: a disk may be slow, and who asks is the coordinator's event loop."""
+        chunks = self._chunks(cursor)
+        with ThreadPoolExecutor(1, "data") as thread:
+            following = thread.submit(next, chunks, None)
+            while (chunk := following.result()) is not None:
+                following = thread.submit(next, chunks, None)
+                yield from chunk
 
-    def _prompts(
-        self, raw: Sequence[RawRow], file: int, rows: Sequence[int], epoch: int, position: int
-    ) -> Iterator[Prompt]:
-        encoded = self._encode(raw, file, rows)
-        for offset, (values, prompt, row) in enumerate(zip(raw, encoded, rows, strict=True)):
-            where = self._source.where(file, row)
-            if prompt is None:
-                raise DataError(f"{where} changed while the job was using it. Start the job again.")
-            yield Prompt(
-                uid=f"e{epoch}-f{file}-r{row}",
-                epoch=epoch,
-                position=position + offset,
-                token_ids=prompt.token_ids,
-                text=prompt.text,
-                ground_truth=ground_truth(values.reward, where),
-                data=values.data,
-                file=file,
-                row=row,
-            )
+    def _chunks(self, cursor: Cursor) -> Iterator[list[Prompt]]:
+        options = self.options
+        for epoch in range(cursor.epoch, options.total_epochs):
+            order = epoch_order(self._kept, seed=options.seed, epoch=epoch, shuffle=options.shuffle)
+            for first in range(cursor.position if epoch == cursor.epoch else 0, len(order), CHUNK_PROMPTS):
+                yield self._prompts(order[first : first + CHUNK_PROMPTS], epoch, first)
 
-    def _encode(self, raw: Sequence[RawRow], file: int, rows: Sequence[int]) -> list[EncodedPrompt | None]:
-        return self._encoder.encode_batch([row.prompt for row in raw], lambda i: self._source.where(file, rows[i]))
+    def _prompts(self, order: Indices, epoch: int, position: int) -> list[Prompt]:
+        found: list[Prompt | None] = [None] * len(order)
+        files = np.searchsorted(self._starts, order, side="right") - 1
+        for file in np.unique(files).tolist():
+            places = np.flatnonzero(files == file)
+            numbers = (order[places] - self._starts[file]).tolist()
+            raw, encoded = self._rows[file].take(numbers), self._encoded[file][numbers]
+            for i, (place, row) in enumerate(zip(places.tolist(), numbers, strict=True)):
+                found[place] = Prompt(
+                    uid=f"e{epoch}-f{file}-r{row}",
+                    epoch=epoch,
+                    position=position + place,
+                    token_ids=encoded["token_ids"][i],
+                    text=encoded["text"][i],
+                    ground_truth=encoded["ground_truth"][i],
+                    data=self._rows[file].keys.others_of(raw[i]),
+                    file=file,
+                    row=row,
+                )
+        return [prompt for prompt in found if prompt is not None]
+
+    def _encode(self, rows: Rows, raw: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """The columns of `_features` of some rows; a prompt over the limit has no tokens."""
+        values = [self._values(rows, row, number) for row, number in zip(raw, numbers, strict=True)]
+        prompts = self._encoder.encode_batch([prompt for prompt, _ in values], lambda i: rows.where(numbers[i]))
+        truths = [ground_truth(reward, rows.where(n)) for (_, reward), n in zip(values, numbers, strict=True)]
+        contents = [
+            json.dumps([prompt, truth], default=str).encode() for (prompt, _), truth in zip(values, truths, strict=True)
+        ]
+        return {
+            "token_ids": [prompt.token_ids if prompt else [] for prompt in prompts],
+            "tokens": [len(prompt.token_ids) if prompt else 0 for prompt in prompts],
+            "text": [prompt.text if prompt else "" for prompt in prompts],
+            "truncated": [prompt is not None and prompt.truncated for prompt in prompts],
+            "ground_truth": truths,
+            "checksum": [zlib.crc32(content) for content in contents],
+        }
+
+    def _values(self, rows: Rows, row: Mapping[str, Any], number: int) -> tuple[Any, Any]:
+        try:
+            return rows.keys.prompt_of(row), rows.keys.reward_of(row)
+        except (KeyError, TypeError) as error:  # of rows that are dictionaries, the first said what they have
+            keys_of_rows(row, self.options, rows.where(number))
+            raise DataError(f"{rows.where(number)} has another shape than row 0. Write all rows alike.") from error
 
 
-class PromptDataset(BlockDataset):
-    """Prompts of Parquet files. The constructor checks the files' schemas; `scan()` checks their rows."""
+def _features() -> "Features":
+    from datasets import Features, List, Value
 
-    def __init__(self, files: Sequence[Path | str], options: DataOptions, encoder: PromptEncoder) -> None:
-        super().__init__(ParquetSource(files, options), options, encoder)
+    return Features(
+        {
+            "token_ids": List(Value("int32")),
+            "tokens": Value("int32"),
+            "text": Value("large_string"),
+            "truncated": Value("bool"),
+            "ground_truth": Value("large_string"),
+            "checksum": Value("uint32"),
+        }
+    )
 
 
-class FunctionDataset(BlockDataset):
-    """Prompts of a user's `module:function` that returns an iterable of dicts with the same keys as the columns.
-
-    It is called once with `kwargs`, its rows are held in memory, and it must return the same ones when a job resumes.
-    """
-
-    def __init__(
-        self, spec: str, options: DataOptions, encoder: PromptEncoder, kwargs: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__(FunctionSource(spec, options, kwargs), options, encoder)
+def _column(data: "Dataset", name: str) -> npt.NDArray[Any]:
+    return np.asarray(data.data.column(name).to_numpy())
 
 
 def ground_truth(value: Any, where: str) -> str:
-    """The ground truth as text; a whole number has no decimal point, so 42.0 from a float column is "42"."""
+    """The ground truth as text: a number by its shortest digits, a whole one without a decimal point (42.0 of a column of floats is "42");
+    truth values, lists and structs as JSON. Raises DataError."""
+    value = _plain(value)
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+    if value is None or not isinstance(value, bool | int | float | Decimal | list | dict):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{where}: the ground truth is {kind}, not text or a number. Fill it in, or remove the row.")
+        raise DataError(
+            f"{where}: the ground truth is {kind}, not text, a number, or a list or struct of those. Fill it in, or remove the row."
+        )
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
     if not math.isfinite(value):
         raise DataError(f"{where}: the ground truth is {value}. Fill it in, or remove the row.")
     return str(int(value)) if value == int(value) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Without NumPy's types. Half and single precision keep their own digits: 0.1 stays 0.1."""
+    if isinstance(value, np.float32 | np.float16):
+        return float(str(value))
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -281,4 +311,4 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
         return [
             f"other prompts than before are within the length limit, {saved['kept']} then and {current['kept']} now ({cause})"
         ]
-    return ["its row groups changed"] if saved["row_groups"] != current["row_groups"] else []
+    return []

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grpo_worker.data.schema import MAGIC, check_is_parquet
-from grpo_worker.data.write import ROW_GROUP_ROWS, refuse_existing, write_shuffled
+from grpo_worker.data.files import MAGIC
+from grpo_worker.data.write import refuse_existing, write_shuffled
 from grpo_worker.errors import DataError, UsageError
 from grpo_worker.rewards.gsm8k import MARK, parse_ground_truth
 from grpo_worker.rewards.numbers import as_text
@@ -50,7 +50,6 @@ def convert_gsm8k(
     instruction: str | None = INSTRUCTION,
     seed: int = 0,
     *,
-    row_group_rows: int = ROW_GROUP_ROWS,
     overwrite: bool = False,
 ) -> Written:
     """Read question/answer rows from Parquet or JSON Lines files; write prompt, response, reward, split, index.
@@ -78,7 +77,7 @@ def convert_gsm8k(
     if not rows:
         raise DataError(f"{', '.join(str(path) for path in inputs)}: no rows.")
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    write_shuffled(table, output, seed=seed, row_group_rows=row_group_rows, overwrite=overwrite)
+    write_shuffled(table, output, seed=seed, overwrite=overwrite)
     return Written(output, len(rows))
 
 
@@ -98,7 +97,6 @@ def _read(path: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             is_parquet = file.read(len(MAGIC)) == MAGIC
         if is_parquet:
-            check_is_parquet(path, "input")
             with pq.ParquetFile(path) as parquet:
                 for batch in parquet.iter_batches():
                     yield from batch.to_pylist()

@@ -4,11 +4,10 @@ Invariant: the same seed and epoch give the same order on every machine, Python 
 raw stream of a bit generator for ever but not the methods of `Generator` (NEP 19), so a permutation is the stable
 argsort of raw Philox words.
 
-The shuffle is by block: the row groups are shuffled, then the rows within each. That is what lets memory be one row
-group. Files written by `grpo data` are shuffled as a whole when written: their row groups are random samples already.
+All rows of all files are one sequence, and an epoch is one permutation of it: files are mixed whatever wrote them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 # Which permutation a stream is for. SeedSequence pads its entropy with zeros, so [seed, epoch] and [seed, epoch, 0]
 # would be one stream: each kind has its own non-zero word.
-_BLOCKS, _ROWS, _FILE = 1, 2, 3
+_ROWS, _FILE = 2, 3
 
 Indices = npt.NDArray[np.int64]
 
@@ -40,44 +39,11 @@ def file_order(length: int, seed: int) -> Indices:
     return permutation(length, (seed, 0, _FILE, 0))
 
 
-def block_order(blocks: int, *, seed: int, epoch: int, shuffle: bool) -> Indices:
-    """The order of the row groups in an epoch."""
-    return permutation(blocks, (seed, epoch, _BLOCKS, 0)) if shuffle else np.arange(blocks, dtype=np.int64)
+def epoch_order(kept: npt.NDArray[np.bool_], *, seed: int, epoch: int, shuffle: bool) -> Indices:
+    """The kept rows in the order of an epoch, int64 [kept].
 
-
-def row_order(rows: int, *, seed: int, epoch: int, block: int, shuffle: bool) -> Indices:
-    """The order of the rows within a row group in an epoch."""
-    return permutation(rows, (seed, epoch, _ROWS, block)) if shuffle else np.arange(rows, dtype=np.int64)
-
-
-class KeptRows:
-    """Which rows of a row group are used: one bit a row."""
-
-    def __init__(self, mask: npt.NDArray[np.bool_]) -> None:
-        self._rows = len(mask)
-        self._bits = np.packbits(mask)
-        self.count = int(mask.sum())
-
-    def mask(self) -> npt.NDArray[np.bool_]:
-        return np.unpackbits(self._bits, count=self._rows).astype(np.bool_)
-
-    def tobytes(self) -> bytes:
-        return self._bits.tobytes()
-
-
-def epoch_order(
-    kept: Sequence[KeptRows], cursor: Cursor, *, seed: int, shuffle: bool
-) -> Iterator[tuple[int, int, Indices]]:
-    """What is left of the cursor's epoch: (block, position of its first row here, kept rows in order), block by block.
-
-    Blocks that lie wholly before the cursor are skipped by their counts alone.
+    Args:
+        kept: which of all rows are used, bool [rows].
     """
-    start = 0
-    for block in block_order(len(kept), seed=seed, epoch=cursor.epoch, shuffle=shuffle).tolist():
-        end = start + kept[block].count
-        if end > cursor.position:
-            mask = kept[block].mask()
-            rows = row_order(len(mask), seed=seed, epoch=cursor.epoch, block=block, shuffle=shuffle)
-            skipped = max(0, cursor.position - start)
-            yield block, start + skipped, rows[mask[rows]][skipped:]
-        start = end
+    rows = permutation(len(kept), (seed, epoch, _ROWS, 0)) if shuffle else np.arange(len(kept), dtype=np.int64)
+    return rows[kept[rows]]

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo_worker.data.gsm8k import Split, Written
-from grpo_worker.data.write import ROW_GROUP_ROWS, refuse_existing, write_shuffled
+from grpo_worker.data.write import refuse_existing, write_shuffled
 from grpo_worker.errors import DataError, UsageError
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("prompt", "response", "reward", "task", "entry")])
@@ -28,7 +28,6 @@ def make_reasoning_gym(
     config: Mapping[str, Any] | None = None,
     split: Split = "train",
     *,
-    row_group_rows: int = ROW_GROUP_ROWS,
     overwrite: bool = False,
 ) -> Written:
     """Write `size` problems of `task`; `config` are the task's own parameters.
@@ -58,7 +57,7 @@ def make_reasoning_gym(
             }
         )
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    write_shuffled(table, output, seed=seed, row_group_rows=row_group_rows, overwrite=overwrite)
+    write_shuffled(table, output, seed=seed, overwrite=overwrite)
     return Written(output, size)
 
 

@@ -4,9 +4,12 @@ Invariant: an `EncodedPrompt` has at least one and at most `max_prompt_tokens` t
 is dropped (filtered as over-long) or is a DataError that names its row.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
 
 from grpo_worker.config.data import ChatTemplate, Truncation
 from grpo_worker.errors import DataError, UsageError
@@ -67,6 +70,16 @@ class PromptEncoder:
     @property
     def uses_template(self) -> bool:
         return self.chat_template == "auto" and bool(self.tokenizer.chat_template)
+
+    def identity(self) -> str:
+        """Changes with whatever changes what a prompt becomes."""
+        tokenizer = self.tokenizer
+        settings = [
+            self.max_prompt_tokens, self.truncation, self.filter_overlong, self.uses_template, self.system_prompt, dict(self.template_kwargs),
+            tokenizer.chat_template, tokenizer.bos_token_id, type(tokenizer).__name__,
+        ]  # fmt: skip
+        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+        return f"{json.dumps(settings, default=str)} {vocabulary}"
 
     def encode(self, prompt: Any, where: str) -> EncodedPrompt | None:
         """One prompt (text, or a list of {role, content}); None when it is filtered as over-long."""
@@ -147,6 +160,8 @@ def _messages(prompt: Any, where: Callable[[int], str], position: int) -> list[d
         if not prompt.strip():
             raise DataError(f"{where(position)}: the prompt is empty. Fill it in, or remove the row.")
         return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, np.ndarray):  # as pandas gives lists
+        prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         kind = type(prompt).__name__
         raise DataError(f"{where(position)}: the prompt is a {kind}, not text or a list of {{role, content}} messages.")

@@ -71,8 +71,8 @@ def prepare_demo(
         start_accuracy = _make_model(staged, held_out, seed, recipe, accuracy_window, report)
         shutil.rmtree(model, ignore_errors=True)
         os.rename(staged, model)
-        write_shuffled(_table(train_problems), train, seed=seed, row_group_rows=256, overwrite=True)
-        write_shuffled(_table(held_out), test, seed=seed, row_group_rows=256, overwrite=True)
+        write_shuffled(_table(train_problems), train, seed=seed, overwrite=True)
+        write_shuffled(_table(held_out), test, seed=seed, overwrite=True)
         made = [train, test, *sorted(path for path in model.rglob("*") if path.is_file())]
         stamp = {
             "digest": digest,
