@@ -259,7 +259,7 @@ def _parquet_builder() -> Any:
         def _info(self) -> datasets.DatasetInfo:
             return datasets.DatasetInfo()
 
-        def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        def _split_generators(self, _: Any) -> list[datasets.SplitGenerator]:
             return [datasets.SplitGenerator("train", {"path": self.config.data_files["train"][0]})]
 
         def _generate_tables(self, path: str) -> Iterator[tuple[int, pa.Table]]:
