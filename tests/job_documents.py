@@ -10,6 +10,8 @@ spec:
     path: model
   data:
     trainFiles: [train.parquet]
+  reward:
+    function: gsm8k
 """
 
 # One field of the sound document above is set to a YAML value: the path that is blamed, and words of the message.
@@ -95,6 +97,10 @@ BAD_FIELDS = [
     ("rollout.replicas=100000", "spec.rollout.replicas", "less than or equal to 1000"),
     ("rollout.maxModelLen=0", "spec.rollout.maxModelLen", "equal to 1"),
     ("data.trainBatchSize=4294967296", "spec.data.trainBatchSize", "2147483647"),
+    ("reward.function=loose", "spec.reward.function", "pattern"),
+    ("reward.parts=[{function: math}]", "spec.reward.parts[0].name", "Add it"),
+    ("reward.parts=[{name: 'a/b', function: math}]", "spec.reward.parts[0].name", "pattern"),
+    ("reward.parts=[{name: a, function: math, wight: 2}]", "spec.reward.parts[0].wight", "Did you mean weight?"),
     ("reward.workers=100000", "spec.reward.workers", "1024"),
     ("activeDeadlineSeconds=10000000000", "spec.activeDeadlineSeconds", "31622400"),
     ("failurePolicy.stallTimeoutSeconds=1.0e+12", "spec.failurePolicy.stallTimeoutSeconds", "31622400"),
@@ -165,6 +171,13 @@ OWNED_VARIABLES = (
 
 # Contradictions: all the overrides that make one, the field to change, words of the remedy.
 CONTRADICTIONS = [
+    (["reward={}"], "reward.function", "exactly one of reward.function and reward.parts"),
+    (
+        ["reward.parts=[{name: a, function: math}]"],
+        "reward.function",
+        "exactly one of reward.function and reward.parts",
+    ),
+    (["reward={parts: [{name: a, function: math}, {name: a, function: gsm8k}]}"], "reward.parts", "not unique"),
     (["algorithm.useKLInReward=true", "actor.useKLLoss=true"], "actor.useKLLoss", "count twice"),
     (["algorithm.useKLInReward=true", "algorithm.preset=GRPO"], "actor.useKLLoss", "preset GRPO turns useKLLoss on"),
     (["rollout.n=1"], "rollout.n", "at least 2"),
@@ -365,6 +378,9 @@ CONTRADICTIONS = [
 
 # Overrides of the sound document that leave it sound.
 GOOD = [
+    [
+        "reward={parts: [{name: a, function: math, sources: ['math*']}, {name: b, function: 'x.py:f', weight: 0.5}], options: {x: 1}}"
+    ],
     ["placement=Colocated", "trainer.gpusPerNode=8", "rollout.tensorParallelSize=2", "rollout.minReplicas=4"],
     ["actor.sharePrompts=true", "actor.ppoMaxTokenLenPerGPU=30000"],
     ["placement=Colocated", "trainer.gpusPerNode=2", "rollout.replicas=2", "network.weightSync=ipc"],

@@ -36,6 +36,7 @@ metadata: {name: job}
 spec:
   model: {path: model}
   data: {trainFiles: [train.parquet]}
+  reward: {function: gsm8k}
 """
 
 

@@ -31,7 +31,7 @@ NOT_YAML = [
     (DOCUMENT + "---\n" + DOCUMENT, "another document"),
     (DOCUMENT + "  ? [a, b]\n  : 1\n", "a key has to be text"),
     (DOCUMENT + "  rollout: {n: 2\n", "line"),
-    (DOCUMENT + "\ttabs: 1\n", "line 10"),
+    (DOCUMENT + "\ttabs: 1\n", "line 12"),
     (DOCUMENT + "  model2: !!python/object:os.system {}\n", "constructor"),
 ]
 

@@ -124,6 +124,8 @@ READ_AS = {
     "spec": {"_spec"},
     "rules": {"rule"},
     "volumes": {"volume", "extra"},
+    "parts": {"part"},
+    "chat_template": {"template"},
     "scheduling": {"wanted"},
 }
 # Sections that a reader passes on whole, as Kubernetes spells them: what counts is that the section itself is read.
@@ -182,7 +184,7 @@ def resolve(path: str) -> Any:
             "apiVersion": "grpo.dev/v1alpha1",
             "kind": "GRPOJob",
             "metadata": {"name": "job"},
-            "spec": {"model": {"path": "m"}, "data": {"trainFiles": ["t.parquet"]}},
+            "spec": {"model": {"path": "m"}, "data": {"trainFiles": ["t.parquet"]}, "reward": {"function": "gsm8k"}},
         }
     )
     node: Any = job.model_dump(by_alias=True)["spec"]
@@ -207,7 +209,12 @@ def test_what_needs_a_critic_is_refused(setting: dict[str, Any]) -> None:
         "apiVersion": "grpo.dev/v1alpha1",
         "kind": "GRPOJob",
         "metadata": {"name": "job"},
-        "spec": {"model": {"path": "m"}, "data": {"trainFiles": ["t.parquet"]}, **setting},
+        "spec": {
+            "model": {"path": "m"},
+            "data": {"trainFiles": ["t.parquet"]},
+            "reward": {"function": "gsm8k"},
+            **setting,
+        },
     }
     with pytest.raises(InvalidJob):
         job_from_document(raw)

@@ -27,7 +27,12 @@ def document(**spec: Any) -> dict[str, Any]:
         "apiVersion": "grpo.dev/v1alpha1",
         "kind": "GRPOJob",
         "metadata": {"name": "job"},
-        "spec": {"model": {"path": "model"}, "data": {"trainFiles": ["train.parquet"]}, **spec},
+        "spec": {
+            "model": {"path": "model"},
+            "data": {"trainFiles": ["train.parquet"]},
+            "reward": {"function": "gsm8k"},
+            **spec,
+        },
     }
 
 
@@ -166,7 +171,9 @@ def test_a_preset_resolves_to_a_document_of_the_same_job(name: str) -> None:
 
 
 def test_values_that_a_function_gets_survive_resolving_nulls_included() -> None:
-    assert_round_trip(job_from_document(document(reward={"options": {"a": None, "b": [None, {"c": 1e-9}]}})))
+    assert_round_trip(
+        job_from_document(document(reward={"function": "gsm8k", "options": {"a": None, "b": [None, {"c": 1e-9}]}}))
+    )
 
 
 def assert_round_trip(job: GRPOJob) -> None:

@@ -17,7 +17,7 @@ from grpo_worker.protocol.auth import authorization
 from grpo_worker.protocol.messages import Heartbeat, HeartbeatReply
 
 pytestmark = pytest.mark.asyncio
-SPEC = Spec.model_validate({"model": {"path": "m"}, "data": {"trainFiles": ["t"]}})
+SPEC = Spec.model_validate({"model": {"path": "m"}, "data": {"trainFiles": ["t"]}, "reward": {"function": "gsm8k"}})
 
 
 @asynccontextmanager

@@ -1,17 +1,23 @@
 """Validation sees every held-out prompt once and changes nothing that training depends on."""
 
+import dataclasses
+import itertools
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
+import numpy as np
 import pytest
 from coordinator_helpers import Engine, answer, prompt, world
 from transformers import PreTrainedTokenizerBase
 
 from grpo_worker.config.rollout import ValidationSampling
+from grpo_worker.coordinator.groups import Group, Sample
 from grpo_worker.coordinator.scoring import Scorer
-from grpo_worker.coordinator.validation import Validation, ValidationResult
+from grpo_worker.coordinator.validation import Validation, ValidationResult, best_of, by_source, majority, measures
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import Array, GroupResult, VersionSpan
+from grpo_worker.rewards.base import RewardResult
 from grpo_worker.rewards.pool import RewardPool
 
 pytestmark = pytest.mark.asyncio
@@ -112,3 +118,73 @@ async def test_validation_that_cannot_be_scored_tells_the_reward_functions_error
 ) -> None:
     with pytest.raises(DataError, match=r"(?s)none of 5 prompts.*the verifier is broken"):
         await run(rewards, tokenizer, engine(tokenizer), function="broken")
+
+
+@pytest.mark.parametrize("values", [[0.0], [1.0, 0.0, 0.0, 1.0, 0.0], [0.25, -1.0, 3.0, 0.25]])
+async def test_the_best_of_k_is_the_mean_over_all_choices_of_k(values: list[float]) -> None:
+    for k in range(1, len(values) + 1):
+        expected = fmean(max(some) for some in itertools.combinations(values, k))
+        assert best_of(values, k) == pytest.approx(expected, abs=1e-12)
+
+
+def rewards_of(*answers: tuple[str | None, float | None]) -> list[RewardResult]:
+    return [RewardResult(accuracy or 0.0, accuracy, answer=answer) for answer, accuracy in answers]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([("7", 0.0), ("8", 1.0), ("8", 1.0)], 1.0),
+        ([("7", 0.0), ("7", 0.0), ("8", 1.0)], 0.0),
+        ([("7", 0.0), ("8", 1.0)], 0.5),  # equal votes share
+        ([("", 0.0), ("", 0.0), ("8", 1.0)], 1.0),  # no answer is no vote
+        ([("", 0.0), ("", 0.0)], 0.0),
+        ([("7", 0.0), (None, 1.0)], None),
+        ([("7", None)], None),
+    ],
+)
+async def test_the_answer_that_most_samples_gave(
+    answers: list[tuple[str | None, float | None]], expected: float | None
+) -> None:
+    assert majority(rewards_of(*answers)) == expected
+
+
+def scored(source: str | None, *accuracies: float) -> Group:
+    row = dataclasses.replace(prompt(0), data={} if source is None else {"data_source": source})
+    group = Group(order=0, prompt=row)
+    group.samples = [
+        Sample(token_ids=np.zeros(1, np.int32), log_probs=None, finish_reason="stop", versions=[], reward=each)
+        for each in rewards_of(*[(str(accuracy), accuracy) for accuracy in accuracies])
+    ]
+    return group
+
+
+async def test_what_several_samples_show() -> None:
+    groups = [scored(None, 1.0, 0.0, 0.0, 0.0), scored(None, 1.0, 1.0, 0.0, 0.0), scored(None)]
+    assert measures(groups, 4) == pytest.approx({
+        "failed/mean@4": 1.0, "accuracy/mean@4": 3 / 8, "score/mean@4": 3 / 8,
+        # of one right in four: 1 - C(3,2)/C(4,2); of two: 1 - C(2,2)/C(4,2)
+        "accuracy/pass@2": (1 / 2 + 5 / 6) / 2, "score/best@2": (1 / 2 + 5 / 6) / 2,
+        "accuracy/pass@4": 1.0, "score/best@4": 1.0, "accuracy/maj@4": (0.0 + 0.5) / 2,
+    })  # fmt: skip
+    three = measures([scored(None, 1.0, 0.0, 0.0), scored(None, 1.0)], 3)
+    assert three["accuracy/pass@2"] == pytest.approx(2 / 3)  # the second has not two samples to choose from
+    assert {"accuracy/pass@2", "accuracy/pass@3"} <= three.keys() and "accuracy/pass@4" not in three
+
+
+async def test_each_source_has_its_own_measures_where_there_are_several() -> None:
+    several = [scored("openai/gsm8k", 1.0), scored("math", 0.0), scored("math", 1.0)]
+    found = by_source_measures(several)
+    assert found == {
+        "val/accuracy/pass@1": 2 / 3,
+        "val/openai/gsm8k/accuracy/pass@1": 1.0,
+        "val/math/accuracy/pass@1": 0.5,
+    }
+    assert by_source_measures(several[1:]) == {"val/accuracy/pass@1": 0.5}
+    assert by_source_measures([scored(None, 1.0)]) == {"val/accuracy/pass@1": 1.0}
+
+
+def by_source_measures(groups: list[Group]) -> dict[str, float]:
+    return {
+        f"{prefix}/accuracy/pass@1": measures(some, 1)["accuracy/pass@1"] for prefix, some in by_source(groups).items()
+    }

@@ -101,7 +101,12 @@ def job_of(namespace: str, spec: dict[str, Any]) -> Job:
         "apiVersion": "grpo.dev/v1alpha1",
         "kind": "GRPOJob",
         "metadata": {"name": "a" * 40, "namespace": namespace, "uid": "0e6f6cc4-5bdc-4a1b-9f4a-4f3f7f3c8a11"},
-        "spec": {"model": {"path": "demo/model"}, "data": {"trainFiles": ["demo/train.parquet"]}, **spec},
+        "spec": {
+            "model": {"path": "demo/model"},
+            "data": {"trainFiles": ["demo/train.parquet"]},
+            "reward": {"function": "gsm8k"},
+            **spec,
+        },
     }
     job = read_job(document)
     assert not job.invalid, job.invalid

@@ -28,6 +28,7 @@ metadata: {name: small}
 spec:
   model: {path: demo/model}
   data: {trainFiles: [demo/train.parquet]}
+  reward: {function: gsm8k}
   trainer: {totalEpochs: 2}
   runtime: {device: cpu, workspace: {claimName: shared}}
 """

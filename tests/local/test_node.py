@@ -40,8 +40,9 @@ class Pod:
 
     def starts(self, name: str) -> list[dict[str, str]]:
         file = self.folder / "starts.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [start["environment"] for start in map(json.loads, lines) if start["name"] == name]
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        starts = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be in writing
+        return [start["environment"] for start in starts if start["name"] == name]
 
     def run(self, then: Callable[[], None] = lambda: None) -> int:
         """The container's exit code. `then` runs beside it."""

@@ -16,7 +16,12 @@ def spec(**sections: Any) -> Spec:
             "apiVersion": "grpo.dev/v1alpha1",
             "kind": "GRPOJob",
             "metadata": {"name": "job"},
-            "spec": {"model": {"path": "m"}, "data": {"trainFiles": ["t.parquet"]}, **sections},
+            "spec": {
+                "model": {"path": "m"},
+                "data": {"trainFiles": ["t.parquet"]},
+                "reward": {"function": "gsm8k"},
+                **sections,
+            },
         }
     ).spec
 

@@ -73,6 +73,7 @@ def job(**sections: Any) -> GRPOJob:
             "spec": {
                 "model": {"path": "m"},
                 "data": {"trainFiles": ["t.parquet"]},
+                "reward": {"function": "gsm8k"},
                 "failurePolicy": {"maxRestarts": 2, "backoffSeconds": 0.0},
                 **sections,
             },
@@ -386,6 +387,7 @@ def test_the_roles_themselves_name_a_model_that_is_not_there(tmp_path: Path, mon
         "spec": {
             "model": {"path": "nowhere/model"},
             "data": {"trainFiles": ["t.parquet"], "trainBatchSize": 4},
+            "reward": {"function": "gsm8k"},
             "actor": {"ppoMiniBatchSize": 4},
             "runtime": {"device": "cpu"},
         },

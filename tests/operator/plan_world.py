@@ -29,6 +29,7 @@ def document(**spec: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "model": {"path": "demo/model"},
         "data": {"trainFiles": ["demo/train.parquet"], "trainBatchSize": 4},
+        "reward": {"function": "gsm8k"},
         "rollout": {"replicas": 2},
         "trainer": {"nodes": 1, "totalSteps": 20},
         "checkpoint": {"saveFreq": 2},

@@ -95,6 +95,7 @@ def write_run(run_dir: Path, steps: int = STEPS) -> Path:
         "spec": {
             "model": {"path": "models/tiny-qwen3"},
             "data": {"trainFiles": ["data/train.parquet"], "trainBatchSize": 64},
+            "reward": {"function": "gsm8k"},
             "algorithm": {"preset": "DAPO", "advantageEstimator": "grpo"},
             "actor": {"optim": {"lr": 1e-6}},
             "rollout": {"n": 8, "maxStaleness": 1},

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import reasoning_gym as rg
 
-from grpo_worker.rewards.base import RewardInput, RewardResult
+from grpo_worker.rewards.base import RewardInput, RewardResult, as_result
 from grpo_worker.rewards.lookup import resolve
 
 Make = Callable[..., RewardInput]
@@ -267,3 +267,22 @@ def test_reasoning_gym_reads_the_tagged_answer(
 def test_reasoning_gym_names_what_a_row_lacks(sample: Make, data: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve("reasoningGym")(sample("7", **data))
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "answer"),
+    [
+        ("gsm8k", "1 and #### 1,234.50", "1234.5"),
+        ("gsm8k", "no number", ""),
+        ("math", r"so \boxed{\frac{1}{2}}", "1/2"),
+        ("math", "nothing", ""),
+        ("exactMatch", "  New\nYork ", "New York"),
+        ("format", "x", None),
+    ],
+)
+def test_what_was_taken_as_the_answer_is_told_for_the_vote(name: str, response: str, answer: str | None) -> None:
+    assert resolve(name)(RewardInput("p", response, "1")).answer == answer
+
+
+def test_verls_pred_is_the_answer() -> None:
+    assert as_result({"score": 1.0, "acc": True, "pred": 7}).answer == "7"

@@ -19,6 +19,7 @@ DOCUMENT = {
     "spec": {
         "model": {"path": "models/tiny"},
         "data": {"trainFiles": ["train.parquet"], "maxPromptLength": 100, "maxResponseLength": 28},
+        "reward": {"function": "gsm8k"},
         "network": {"rolloutPort": 9000, "weightSyncStreams": 7, "heartbeatSeconds": 0.5},
     },
 }

@@ -71,6 +71,7 @@ def start(
         "spec": {
             "model": {"path": str(model)},
             "data": {"trainFiles": ["t"], "maxPromptLength": context // 2, "maxResponseLength": context // 2},
+            "reward": {"function": "gsm8k"},
             "rollout": {"tensorParallelSize": workers},
             "network": {"heartbeatSeconds": 0.1, "rolloutPort": port},
         },

@@ -83,6 +83,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     spec = {
         "model": {"path": str(model)},
         "data": {"trainFiles": ["none.parquet"], "maxPromptLength": 16, "maxResponseLength": 16},
+        "reward": {"function": "gsm8k"},
         "trainer": {"nodes": 2},
         "runtime": {"device": "cpu"},
         "network": {"heartbeatSeconds": 0.1, "rendezvousPort": free_port()},

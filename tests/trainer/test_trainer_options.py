@@ -19,7 +19,12 @@ def job(**spec: Any) -> GRPOJob:
         "apiVersion": "grpo.dev/v1alpha1",
         "kind": "GRPOJob",
         "metadata": {"name": "small"},
-        "spec": {"model": {"path": "/models/tiny"}, "data": {"trainFiles": ["train.parquet"]}, **spec},
+        "spec": {
+            "model": {"path": "/models/tiny"},
+            "data": {"trainFiles": ["train.parquet"]},
+            "reward": {"function": "gsm8k"},
+            **spec,
+        },
     }
     return GRPOJob.model_validate(document)
 

@@ -15,7 +15,11 @@ TOKEN = "a-token"
 
 def job_of(spec: dict[str, Any] | None = None, *, workspace: bool = True, check: bool = True) -> Job:
     """A sound job with these sections of `spec` laid over it."""
-    base: dict[str, Any] = {"model": {"path": "demo/model"}, "data": {"trainFiles": ["demo/train.parquet"]}}
+    base: dict[str, Any] = {
+        "model": {"path": "demo/model"},
+        "data": {"trainFiles": ["demo/train.parquet"]},
+        "reward": {"function": "gsm8k"},
+    }
     if workspace:
         base["runtime"] = {"workspace": {"claimName": "work"}}
     for name, section in (spec or {}).items():

@@ -17,6 +17,7 @@ metadata: {name: small}
 spec:
   model: {path: demo/model}
   data: {trainFiles: [demo/train.parquet]}
+  reward: {function: gsm8k}
   algorithm: {preset: DAPO}
 """
 
@@ -35,6 +36,7 @@ def test_defaults_and_presets_are_not_sent(file: str) -> None:
     assert document["spec"] == {
         "model": {"path": "demo/model"},
         "data": {"trainFiles": ["demo/train.parquet"]},
+        "reward": {"function": "gsm8k"},
         "algorithm": {"preset": "DAPO"},
         "rollout": {"replicas": 2},
     }

@@ -28,7 +28,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     answer.add_argument("--n", type=int, default=1, help="completions of each prompt, default 1")
     answer.add_argument("--seed", type=int, default=1, help="default 1")
     answer.add_argument("--system-prompt", help="as data.systemPrompt of the training")
-    answer.add_argument("--no-chat-template", action="store_true", help="as data.chatTemplate: never of the training")
+    answer.add_argument(
+        "--no-chat-template", action="store_true", help="as data.chatTemplate.apply: never of the training"
+    )
     answer.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model, default 1")
     answer.add_argument("--gpu-memory-utilization", type=float, default=0.6, help="share of GPU memory, default 0.6")
     answer.add_argument("--timeout-seconds", type=float, default=600.0, help="limit of the generation, default 600")

@@ -1,11 +1,28 @@
 """`spec.data`, `spec.reward`: where prompts come from and who judges the responses."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from grpo_worker.config.base import LARGEST_SEED, FunctionPath, Section, field
 
 Truncation = Literal["error", "left", "right", "middle"]
-ChatTemplate = Literal["auto", "never"]
+Apply = Literal["auto", "never"]
+
+
+class ChatTemplate(Section):
+    """How messages become text."""
+
+    apply: Apply = field("auto", "auto applies the template when there is one; never joins the messages' texts.")
+    text: str | None = field(
+        None, "Jinja template in place of the tokenizer's own.", verl="model.custom_chat_template", min_length=1
+    )
+    kwargs: dict[str, Any] = field(
+        dict, "Variables of the template, e.g. `enable_thinking: false`.", verl="data.apply_chat_template_kwargs"
+    )
+    tools: list[dict[str, Any]] = field(
+        list, "Tools that the template tells the model of, as JSON schemas of functions."
+    )
 
 
 class Data(Section):
@@ -49,21 +66,45 @@ class Data(Section):
         "What is done with a prompt over the limit when it is not filtered: stop, or cut that side.",
         verl="data.truncation",
     )
-    chat_template: ChatTemplate = field("auto", "auto applies the tokenizer's chat template when it has one.")
+    chat_template: ChatTemplate = field(ChatTemplate, "How messages become text.")
     system_prompt: str | None = field(None, "System message put before each prompt (with a chat template).")
     shuffle: bool = field(True, "Shuffle all rows of all files by seed and epoch.", verl="data.shuffle")
     seed: int = field(1, "Seed of the shuffle.", verl="data.seed", ge=0, le=LARGEST_SEED)
 
 
-class Reward(Section):
-    """The reward function, run in killable processes."""
+RewardName = Annotated[str, Field(pattern=r"^(gsm8k|math|exactMatch|format|reasoningGym|[\w./\-]+:[A-Za-z_]\w*)$")]
 
-    function: str = field(
-        "gsm8k", "gsm8k, math, exactMatch, format, reasoningGym, or module:function.",
-        verl="custom_reward_function.path/name", pattern=r"^(gsm8k|math|exactMatch|format|reasoningGym|[\w./\-]+:[A-Za-z_]\w*)$",
-    )  # fmt: skip
+
+class RewardPart(Section):
+    """One of several rewards."""
+
+    name: str = field(..., "In metrics (reward/NAME/mean) and samples.", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    function: RewardName = field(..., "As reward.function.")
+    options: dict[str, Any] = field(dict, "Keyword arguments of the function.")
+    weight: float = field(1.0, "What its score is multiplied with in the sum.")
+    sources: list[str] = field(
+        list, "Only of rows whose data_source is one of these, or begins with one that ends in *; none: of all rows."
+    )
+
+
+class Reward(Section):
+    """Who judges the responses: one function or several, run in killable processes. There is no default: a wrong grader is worse than an error."""
+
+    function: RewardName | None = field(
+        None,
+        "gsm8k, math, exactMatch, format, reasoningGym, or module:function.",
+        verl="custom_reward_function.path/name",
+    )
     options: dict[str, Any] = field(
-        dict, "Keyword arguments of the function, e.g. `method: flexible`.", verl="custom_reward_function.reward_kwargs"
+        dict,
+        "Keyword arguments of the function, e.g. `method: flexible`; with parts, of each beside its own.",
+        verl="custom_reward_function.reward_kwargs",
+    )
+    parts: list[RewardPart] = field(
+        list,
+        "Several in place of one: the score is their weighted sum, the accuracy that of the first that gives one. Each part's own score is in "
+        "metrics and samples.",
+        map_key="name",
     )
     timeout_seconds: float = field(
         10.0, "Limit of one call; a call over it is killed and counted, never scored 0.", unit="seconds", gt=0

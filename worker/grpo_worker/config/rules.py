@@ -204,6 +204,20 @@ RULES: tuple[Rule, ...] = (
         "Set data.trainFiles to files, or data.dataset to module:function.",
     ),
     Rule(
+        "reward.function",
+        lambda s: bool(s.reward.function) == bool(s.reward.parts),
+        "has(self.reward.function) != (size(self.reward.parts) > 0)",
+        "exactly one of reward.function and reward.parts says who judges the responses",
+        "Set reward.function to gsm8k, math, exactMatch, format, reasoningGym or your own module:function, or list several in reward.parts.",
+    ),
+    Rule(
+        "reward.parts",
+        lambda s: _repeated(part.name for part in s.reward.parts),
+        "",
+        "names are not unique",
+        "Give each part a name of its own.",
+    ),
+    Rule(
         "algorithm.overlongBuffer.length",
         lambda s: (s.algorithm.overlong_buffer.length or 0) > s.data.max_response_length,
         "!has(self.algorithm.overlongBuffer.length) || self.algorithm.overlongBuffer.length <= self.data.maxResponseLength",

@@ -45,6 +45,8 @@ from grpo_worker.functions import load_function
 from grpo_worker.metric_loggers import EventLog, StepFile, open_loggers, set_aside
 from grpo_worker.model_files import parameter_count, resolve_model
 from grpo_worker.protocol.messages import Sampling
+from grpo_worker.rewards.lookup import PARTS
+from grpo_worker.rewards.parts import as_options
 from grpo_worker.rewards.pool import RewardPool
 from grpo_worker.run_directory import RunDirectory
 
@@ -157,6 +159,8 @@ def _open_data(spec: Spec, model: Path, events: EventLog) -> tuple[TokenizerInfo
     tokenizer = load_tokenizer(model)
     for note in tokenizer.notes:
         events.emit("warning", "Tokenizer", note)
+    if spec.data.chat_template.text:
+        tokenizer.tokenizer.chat_template = spec.data.chat_template.text
     data = open_training_data(spec, tokenizer.tokenizer)
     _tell_of_data(events, "Data", data.scan())
     validation_prompts, report = open_validation_prompts(spec, tokenizer.tokenizer)
@@ -191,8 +195,8 @@ async def _start_scorer(
         outside.events.emit("warning", "RewardTryAgain", text)
 
     pool = RewardPool(
-        reward.function,
-        dict(reward.options),
+        reward.function or PARTS,
+        dict(reward.options) if reward.function else as_options(reward.parts, reward.options),
         reward.workers,
         reward.timeout_seconds,
         spec.failure_policy.startup_timeout_seconds,

@@ -49,12 +49,13 @@ def _options(spec: Spec) -> DataOptions:
 
 
 def _encoder(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
-    data = spec.data
+    data, template = spec.data, spec.data.chat_template
     return PromptEncoder(
         tokenizer,
         data.max_prompt_length,
         truncation=data.truncation,
         filter_overlong=data.filter_overlong_prompts,
-        chat_template=data.chat_template,
+        chat_template=template.apply,
         system_prompt=data.system_prompt,
+        template_kwargs={**template.kwargs, **({"tools": template.tools} if template.tools else {})},
     )

@@ -1,12 +1,14 @@
-"""How good the policy is on held-out prompts: greedy pass@1, and mean@k of sampled answers.
+"""How good the policy is on held-out prompts, all of them and by source: greedy pass@1, and what several sampled answers show.
 
 Invariant: validation sees every validation prompt once, with the weights in service, and changes nothing that training depends on: it
 has its own requests, seeds and cursor.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import comb
+from statistics import fmean
 
 from grpo_worker.config.rollout import ValidationSampling
 from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher
@@ -15,6 +17,7 @@ from grpo_worker.coordinator.scoring import FailureCount, Scorer
 from grpo_worker.data.dataset import Prompt
 from grpo_worker.errors import DataError
 from grpo_worker.protocol.messages import Sampling
+from grpo_worker.rewards.base import RewardResult
 
 OnDone = Callable[[Group], None]
 MakeDispatcher = Callable[[DispatchOptions, OnDone], RolloutDispatcher]
@@ -74,22 +77,17 @@ class Validation:
             groups = await self._generate(make_dispatcher, options)
             counts = FailureCount()
             await asyncio.gather(*(scorer.score(group, counts) for group in groups))
-            per_prompt = [_mean(group) for group in groups if group.samples]
-            if not per_prompt:
+            if not any(group.samples for group in groups):
                 failure = counts.last_message or next((group.failure for group in groups), "")
                 raise DataError(
                     f"validation: none of {len(groups)} prompts could be answered and scored. The last failure: {failure}"
                 )
-            name = "pass@1" if options.sampling.n == 1 else f"mean@{options.sampling.n}"
-            accuracies = [accuracy for accuracy, _ in per_prompt if accuracy is not None]
-            if accuracies:
-                metrics[f"val/accuracy/{name}"] = sum(accuracies) / len(accuracies)
-            metrics[f"val/score/{name}"] = sum(score for _, score in per_prompt) / len(per_prompt)
             if options.sampling.n == 1:
                 greedy = groups
                 lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
                 metrics["val/response_length/mean"] = sum(lengths) / len(lengths)
-            metrics[f"val/failed/{name}"] = float(len(groups) - len(per_prompt))
+            for prefix, some in by_source(groups).items():
+                metrics |= {f"{prefix}/{name}": value for name, value in measures(some, options.sampling.n).items()}
         return ValidationResult(metrics, greedy)
 
     async def _generate(self, make_dispatcher: MakeDispatcher, options: DispatchOptions) -> list[Group]:
@@ -112,8 +110,55 @@ def replace_sampling(sampling: Sampling, *, n: int, temperature: float, top_p: f
     )
 
 
-def _mean(group: Group) -> tuple[float | None, float]:
-    """Mean accuracy of a group, None where the reward function gives none, and mean score."""
-    rewards = [sample.reward for sample in group.samples if sample.reward is not None]
-    accuracies = [reward.accuracy for reward in rewards if reward.accuracy is not None]
-    return sum(accuracies) / len(accuracies) if accuracies else None, sum(r.score for r in rewards) / len(rewards)
+def by_source(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """All of them as `val`, and, where the rows' `data_source` differs, those of each source as `val/SOURCE`."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(f"val/{group.prompt.data.get('data_source', '')}", []).append(group)
+    return {"val": list(groups), **(found if len(found) > 1 else {})}
+
+
+def measures(groups: Sequence[Group], n: int) -> dict[str, float]:
+    """Means over prompts, of those with a sample that could be scored; `failed` counts the others.
+
+    Of one sample a prompt, `pass@1`. Of n: `mean@n`; `pass@k` and `best@k`, the expected highest accuracy and score of k of the samples, which for
+    right and wrong is the unbiased estimate of Chen et al. (arXiv 2107.03374); `maj@n`, the accuracy of the answer that most samples gave.
+    """
+    rewards = [[sample.reward for sample in group.samples if sample.reward is not None] for group in groups]
+    scored = [some for some in rewards if some]
+    name = "pass@1" if n == 1 else f"mean@{n}"
+    found = {f"failed/{name}": float(len(groups) - len(scored))}
+    accuracies = [
+        accuracy for some in scored if (accuracy := [one.accuracy for one in some if one.accuracy is not None])
+    ]
+    scores = [[one.score for one in some] for some in scored]
+    found |= _mean(f"accuracy/{name}", map(fmean, accuracies)) | _mean(f"score/{name}", map(fmean, scores))
+    for k in sorted({*(2**power for power in range(1, n.bit_length())), n} - {1}):
+        found |= _mean(f"accuracy/pass@{k}", (best_of(some, k) for some in accuracies if len(some) >= k))
+        found |= _mean(f"score/best@{k}", (best_of(some, k) for some in scores if len(some) >= k))
+    if n > 1:
+        found |= _mean(f"accuracy/maj@{n}", (vote for some in scored if (vote := majority(some)) is not None))
+    return found
+
+
+def best_of(values: Sequence[float], k: int) -> float:
+    """Expectation of the highest of k of the values, drawn without putting back."""
+    return sum(value * comb(below, k - 1) for below, value in enumerate(sorted(values))) / comb(len(values), k)
+
+
+def majority(rewards: Sequence[RewardResult]) -> float | None:
+    """Mean accuracy of the answer that most gave; answers with as many votes share it. None without accuracies, or answers to compare."""
+    votes: dict[str, list[float]] = {}
+    for one in rewards:
+        if one.accuracy is None or one.answer is None:
+            return None
+        votes.setdefault(one.answer, []).append(one.accuracy)
+    votes = {answer: accuracies for answer, accuracies in votes.items() if answer} or votes  # none found is no vote
+    most = max(map(len, votes.values()))
+    return fmean(fmean(accuracies) for accuracies in votes.values() if len(accuracies) == most)
+
+
+def _mean(name: str, values: Iterable[float]) -> dict[str, float]:
+    """Nothing without a value."""
+    found = list(values)
+    return {name: fmean(found)} if found else {}

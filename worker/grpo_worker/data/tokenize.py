@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from grpo_worker.config.data import ChatTemplate, Truncation
+from grpo_worker.config.data import Apply, Truncation
 from grpo_worker.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class PromptEncoder:
     max_prompt_tokens: int
     truncation: Truncation = "error"
     filter_overlong: bool = True
-    chat_template: ChatTemplate = "auto"
+    chat_template: Apply = "auto"
     system_prompt: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,8 +64,8 @@ class PromptEncoder:
         if self.truncation not in get_args(Truncation):
             allowed = ", ".join(get_args(Truncation))
             raise UsageError(f"data.truncation: {self.truncation!r} is not one of {allowed}.")
-        if self.chat_template not in get_args(ChatTemplate):
-            raise UsageError(f"data.chatTemplate: {self.chat_template!r} is not one of auto, never.")
+        if self.chat_template not in get_args(Apply):
+            raise UsageError(f"data.chatTemplate.apply: {self.chat_template!r} is not one of auto, never.")
 
     @property
     def uses_template(self) -> bool:
@@ -147,8 +147,8 @@ class PromptEncoder:
         except Exception as error:  # templates are programs of the model's author: they raise what they like
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{where(position)}: the model's chat template refuses the prompt (roles: {roles}): {error}. "
-                "Change the messages, or set data.chatTemplate: never."
+                f"{where(position)}: the chat template refuses the prompt (roles: {roles}): {error}. "
+                "Change the messages or data.chatTemplate, or set data.chatTemplate.apply: never."
             ) from error
 
 

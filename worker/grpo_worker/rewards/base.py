@@ -6,7 +6,7 @@ says what came back; it is never turned into a zero.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -32,11 +32,13 @@ class RewardInput:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """`score` trains the policy, `accuracy` (0 to 1) is reported beside it, `extra` goes to the metrics."""
+    """`score` trains the policy, `accuracy` (0 to 1) is reported beside it, `extra` goes to the metrics. `answer` is what the function took as
+    the response's answer, for the vote of `val/accuracy/maj@n`; empty where it found none."""
 
     score: float
     accuracy: float | None = None
     extra: dict[str, float] = field(default_factory=dict)
+    answer: str | None = field(default=None, compare=False)
 
 
 RewardFunction = Callable[[RewardInput], RewardResult]
@@ -52,23 +54,24 @@ class InvalidRewardError(ValueError):
 
 
 def as_result(value: object) -> RewardResult:
-    """`value` as returned by a reward function: a number, a dict with `score` (and `acc`), or a RewardResult.
+    """`value` as returned by a reward function: a number, a dict with `score` (and `acc`, `pred` as in verl), or a RewardResult.
 
     Numbers of numpy and torch count as numbers. Other entries of a dict become `extra` where they are finite numbers;
-    texts (such as verl's `pred`) and NaN, which says "not applicable", are left out.
+    texts and NaN, which says "not applicable", are left out.
 
     Raises:
         InvalidRewardError: there is no score, or the score or the accuracy is not a finite number.
     """
     if isinstance(value, RewardResult):
         accuracy = None if value.accuracy is None else _finite(value.accuracy, "accuracy")
-        return RewardResult(_finite(value.score, "score"), accuracy, _finite_only(value.extra))
+        return replace(value, score=_finite(value.score, "score"), accuracy=accuracy, extra=_finite_only(value.extra))
     if isinstance(value, Mapping):
         if "score" not in value:
             raise InvalidRewardError(f"the dict returned has no 'score' (keys: {', '.join(map(str, value)) or 'none'})")
         accuracy = None if value.get("acc") is None else _finite(value["acc"], "acc")
-        extra = {str(key): entry for key, entry in value.items() if key not in ("score", "acc")}
-        return RewardResult(_finite(value["score"], "score"), accuracy, _finite_only(extra))
+        extra = {str(key): entry for key, entry in value.items() if key not in ("score", "acc", "pred")}
+        answer = None if value.get("pred") is None else str(value["pred"])
+        return RewardResult(_finite(value["score"], "score"), accuracy, _finite_only(extra), answer)
     return RewardResult(_finite(value, "score"))
 
 

@@ -27,4 +27,4 @@ def exact_match(
         for text in (sample.response, sample.ground_truth)
     )
     equal = float(response == truth)
-    return RewardResult(equal, accuracy=equal)
+    return RewardResult(equal, accuracy=equal, answer=response)

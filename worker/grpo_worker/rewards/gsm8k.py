@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal
 
 from grpo_worker.rewards.base import RewardInput, RewardResult
-from grpo_worker.rewards.numbers import number_at, numbers, only_number
+from grpo_worker.rewards.numbers import as_text, number_at, numbers, only_number
 
 Method = Literal["strict", "flexible"]
 METHODS = ("strict", "flexible")
@@ -58,6 +58,6 @@ def gsm8k(
     gold = parse_ground_truth(sample.ground_truth)
     answer = extract_number(sample.response, method)
     if answer is None:
-        return RewardResult(0.0, accuracy=0.0)
+        return RewardResult(0.0, accuracy=0.0, answer="")
     correct = answer == gold
-    return RewardResult(score if correct else format_score, accuracy=float(correct))
+    return RewardResult(score if correct else format_score, accuracy=float(correct), answer=as_text(answer))

@@ -69,7 +69,8 @@ def math(sample: RewardInput, *, method: Method = "flexible", score: float = 1.0
         texts.append(sample.response)
     answers = [answer for text in texts if text and (answer := _parse(text))]
     correct = any(_equal(gold, answer) for answer in answers)
-    return RewardResult(score if correct else 0.0, accuracy=float(correct), extra={"parsed": float(bool(answers))})
+    parsed = {"parsed": float(bool(answers))}
+    return RewardResult(score if correct else 0.0, float(correct), parsed, str(answers[0][0]) if answers else "")
 
 
 def _parse(text: str) -> list[Any]:

@@ -316,7 +316,7 @@ class RewardPool:
         elif isinstance(reply, NotNow):
             self._rest_or_give_up(call, reply)
         else:
-            result = RewardResult(reply.score, reply.accuracy, reply.extra)
+            result = RewardResult(reply.score, reply.accuracy, reply.extra, reply.answer)
             self._settle(call, RewardOutcome(result, None, reply.seconds, call.refusals))
 
     def _rest_or_give_up(self, call: _Call, reply: NotNow) -> None:

@@ -42,6 +42,7 @@ class Scored(msgspec.Struct, tag=True):
     accuracy: float | None
     extra: dict[str, float]
     seconds: float
+    answer: str | None = None
 
 
 class NotNow(msgspec.Struct, tag=True):

@@ -72,7 +72,8 @@ def _call(function: RewardFunction, body: bytes) -> Scored | NotNow | Failed:
         return Failed("invalid", str(error)[:_MESSAGE_CHARACTERS], time.perf_counter() - start)
     except BaseException as error:  # sys.exit() in a verifier is a failed call, not the end of the worker
         return Failed("exception", traceback_tail(error)[-_MESSAGE_CHARACTERS:], time.perf_counter() - start)
-    return Scored(result.score, result.accuracy, result.extra, time.perf_counter() - start)
+    answer = None if result.answer is None else result.answer[:_MESSAGE_CHARACTERS]
+    return Scored(result.score, result.accuracy, result.extra, time.perf_counter() - start, answer)
 
 
 def _claim_pipes() -> tuple[BinaryIO, int]:
