@@ -209,6 +209,7 @@ CONTRADICTIONS = [
     (["rollout.topK=0"], "rollout.topK", "no token"),
     (["rollout.temperature=0.7", "rollout.topP=0.95"], "rollout.temperature", "topP to 1"),
     (["rollout.temperature=1.2", "rollout.topK=20"], "rollout.temperature", "topK to -1"),
+    (["rollout.temperature=1.2", "rollout.minP=0.1"], "rollout.temperature", "minP to 0"),
     (
         ["rollout.temperature=0.7", "rollout.topP=0.95", NO_IS, "algorithm.rolloutCorrection.bypassMode=true"],
         "rollout.temperature",
@@ -403,7 +404,8 @@ GOOD = [
     ],
     ["actor.optim={lrScheduler: linear, lrWarmupSteps: 39}", "trainer.totalSteps=10"],
     ["actor.optim={lrWarmupSteps: 40}", "trainer.totalSteps=10"],
-    ["rollout.temperature=1", "rollout.topP=0.95", "rollout.topK=20"],
+    ["rollout.temperature=1", "rollout.topP=0.95", "rollout.topK=20", "rollout.minP=0.1"],
+    ["rollout.stop=[</answer>]", "rollout.stopTokenIds=[5]"],
     ["rollout.temperature=0.7", "rollout.topP=0.95", NO_IS],
     ["rollout.temperature=0.7", "rollout.validation.topP=0.9"],
     ["actor.klLossType=k3+", "actor.useKLLoss=true", "algorithm.klPenalty=low_var_kl+"],

@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from grpo_worker.config import Spec
-from grpo_worker.coordinator.build import _open_data
+from grpo_worker.coordinator.build import _dispatch_options, _open_data
 from grpo_worker.data.tokenize import PromptEncoder
+from grpo_worker.data.tokenizer import load_tokenizer
 from grpo_worker.errors import DataError
 from grpo_worker.metric_loggers.events import EventLog, read_events
 
@@ -94,3 +95,15 @@ def test_a_template_that_is_no_jinja_names_the_row_and_the_way_out(
         DataError, match=r"row 3: the chat template refuses the prompt .* or set data.chatTemplate.apply: never"
     ):
         encoder.encode("1+1=", "row 3")
+
+
+def test_what_is_sampled_and_where_it_stops_goes_to_the_engines(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    info = load_tokenizer(tmp_path)
+    rollout = {"topP": 0.9, "topK": 20, "minP": 0.1, "stop": ["="], "stopTokenIds": [1]}
+    spec = Spec.model_validate({"model": {"path": "m"}, "rollout": rollout})
+    sampling = _dispatch_options(spec, info).sampling
+    assert (sampling.top_p, sampling.top_k, sampling.min_p) == (0.9, 20, 0.1)
+    assert sampling.stop_token_ids == list(dict.fromkeys([*info.eos_ids, tokenizer.convert_tokens_to_ids("="), 1]))

@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from grpo_worker.data.tokenize import PromptEncoder, truncate
-from grpo_worker.data.tokenizer import load_tokenizer
+from grpo_worker.data.tokenizer import describe, load_tokenizer, stop_token_ids
 from grpo_worker.errors import DataError, UsageError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "go"}]
@@ -187,3 +187,16 @@ def test_damaged_tokenizer_files_are_named(
     make_tokenizer(eos_token="<eos>").save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
     assert part in load_message(tmp_path)
+
+
+def test_what_ends_a_response_is_one_token_each(tmp_path: Path, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(eos_token="<eos>")
+    tokenizer.add_tokens(["</answer>"])
+    info = describe(tokenizer, tmp_path)
+    end, eos = tokenizer.convert_tokens_to_ids("</answer>"), tokenizer.eos_token_id
+    assert stop_token_ids(info, [], []) == [eos]
+    assert stop_token_ids(info, ["</answer>", "."], [3, eos]) == [eos, end, tokenizer.convert_tokens_to_ids("."), 3]
+    with pytest.raises(DataError, match=r"rollout.stop\[1\]: 'end' is 3 tokens of this tokenizer, not one"):
+        stop_token_ids(info, [".", "end"], [])
+    with pytest.raises(DataError, match=r"rollout.stopTokenIds\[0\]: 99999 is none of the tokenizer's"):
+        stop_token_ids(info, [], [99999])

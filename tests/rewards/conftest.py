@@ -37,6 +37,10 @@ def misbehave(sample, folder=""):
     if word == "loop":
         while True:
             pass
+    if word == "leave a session":
+        child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        Path(folder, "session").write_text(str(child.pid))
+        time.sleep(600)
     if word == "sleep":
         time.sleep(1000)
     if word == "regex":  # backtracks for ages in C, holding the GIL

@@ -15,7 +15,7 @@ import pytest
 
 from grpo_worker.errors import DataError, RetryableError, UsageError
 from grpo_worker.rewards.base import RewardInput, RewardResult
-from grpo_worker.rewards.pool import PoolClosedError, RewardOutcome, RewardPool
+from grpo_worker.rewards.pool import PoolClosedError, RewardOutcome, RewardPool, memory_share
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(40)]
 
@@ -182,6 +182,38 @@ async def test_a_memory_limit_turns_a_runaway_into_an_exception(user_folder: Pat
     assert outcome.failure is not None
     assert (outcome.failure.kind, "MemoryError" in outcome.failure.message) == ("exception", True)
     assert after.result == RewardResult(1.0)
+
+
+@pytest.mark.parametrize(
+    ("files", "workers", "expected"),
+    [
+        ({"memory.max": "17179869184\n"}, 2, 4 << 30),
+        ({"memory.max": "17179869184\n"}, 64, 1 << 30),
+        ({"memory/memory.limit_in_bytes": "8589934592\n"}, 1, 4 << 30),
+    ],
+)
+async def test_workers_share_half_of_the_containers_memory(
+    tmp_path: Path, files: dict[str, str], workers: int, expected: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_share(workers, tmp_path) == expected
+
+
+async def test_without_a_limit_it_is_half_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory_share(1, tmp_path) == memory_share(1, tmp_path / "none") == max(machine // 2, 1 << 30)
+
+
+async def test_what_a_killed_verifier_started_in_a_session_of_its_own_ends_with_it(
+    user_folder: Path, sample: Make
+) -> None:
+    async with misbehaving(user_folder) as pool:
+        outcome = await score(pool, sample("leave a session"))
+        assert outcome.failure is not None and outcome.failure.kind == "timeout"
+        assert has_ended(int((user_folder / "session").read_text()))
 
 
 async def test_the_jobs_token_is_not_in_a_workers_environment(

@@ -114,6 +114,10 @@ class Reward(Section):
         unit="seconds", ge=0,
     )  # fmt: skip
     workers: int = field(2, "Processes that score.", verl="reward_model.num_workers", unit="processes", ge=1, le=1024)
+    memory_gib: float | None = field(
+        None, "Memory that one of them may write to, then it gets a MemoryError; default half of the container's, shared by them, at least 1.",
+        unit="GiB", gt=0, le=65536,
+    )  # fmt: skip
     max_failure_ratio: float = field(
         0.5, "A step in which more than this share of the samples could not be scored stops the job.", ge=0, le=1
     )

@@ -68,6 +68,12 @@ class Rollout(Section):
     )  # fmt: skip
     top_p: float = field(1.0, "Nucleus.", verl="rollout.top_p", gt=0, le=1)
     top_k: int = field(-1, "Largest rank that is sampled; -1 is all.", verl="rollout.top_k", ge=-1)
+    min_p: float = field(0.0, "Least probability that is sampled, as a share of the likeliest token's.", ge=0, le=1)
+    stop: list[str] = field(
+        list,
+        "Texts that end a response beside the end-of-sequence tokens, each one token of the tokenizer, e.g. </answer>.",
+    )
+    stop_token_ids: list[int] = field(list, "The same as token ids.")
     replicas: int = field(
         1, "Engines; `kubectl scale` changes them on a running job.", unit="engines", ge=1, le=1000, immutable=False
     )
@@ -170,7 +176,7 @@ class Rollout(Section):
     @property
     def cuts(self) -> bool:
         """Whether tokens of the vocabulary are never sampled."""
-        return self.top_p != 1 or self.top_k != -1
+        return self.top_p != 1 or self.top_k != -1 or self.min_p != 0
 
     def context_tokens(self, prompt_tokens: int, response_tokens: int) -> int:
         """Tokens that an engine holds of one sequence."""

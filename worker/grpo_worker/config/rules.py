@@ -254,12 +254,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rollout.temperature",
         lambda s: s.rollout.temperature != 1 and s.rollout.cuts and s.algorithm.rollout_correction.reads_engine,
-        "self.rollout.temperature == 1.0 || (self.rollout.topP == 1.0 && self.rollout.topK == -1) || "
+        "self.rollout.temperature == 1.0 || (self.rollout.topP == 1.0 && self.rollout.topK == -1 && self.rollout.minP == 0.0) || "
         "(self.algorithm.rolloutCorrection.rolloutIs == 'none' && size(self.algorithm.rolloutCorrection.rolloutRs) == 0 && "
         "!self.algorithm.rolloutCorrection.bypassMode)",
-        "is not 1 while topP or topK cuts tokens off: the engine's log-probs are then of the cut distribution, and the weights that "
+        "is not 1 while topP, topK or minP cuts tokens off: the engine's log-probs are then of the cut distribution, and the weights that "
         "algorithm.rolloutCorrection makes of them would shrink with every token",
-        "Set temperature to 1, or topP to 1 and topK to -1; or do without those weights: rolloutIs none, no rolloutRs, no bypassMode.",
+        "Set temperature to 1, or topP to 1, topK to -1 and minP to 0; or do without those weights: rolloutIs none, no rolloutRs, no bypassMode.",
     ),
     Rule(
         "rollout.topK",

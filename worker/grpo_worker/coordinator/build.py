@@ -39,7 +39,7 @@ from grpo_worker.coordinator.validation import MakeDispatcher, OnDone, Validatio
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.data.dataset import Prompt, PromptDataset, ScanReport
 from grpo_worker.data.order import Cursor
-from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
+from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer, stop_token_ids
 from grpo_worker.environment import RESUME
 from grpo_worker.functions import load_function
 from grpo_worker.metric_loggers import EventLog, StepFile, open_loggers, set_aside
@@ -47,7 +47,7 @@ from grpo_worker.model_files import parameter_count, resolve_model
 from grpo_worker.protocol.messages import Sampling
 from grpo_worker.rewards.lookup import PARTS
 from grpo_worker.rewards.parts import as_options
-from grpo_worker.rewards.pool import RewardPool
+from grpo_worker.rewards.pool import RewardPool, memory_share
 from grpo_worker.run_directory import RunDirectory
 
 # Prompts whose samples say how far engine and trainer are apart, where nothing else reads the engine's log-probs.
@@ -94,6 +94,7 @@ async def build(
     with startup.part("data"):
         tokenizer, data, validation_prompts = await in_daemon_thread(_open_data, spec, directory, events)
     _check_decay(spec, data)
+    options = _dispatch_options(spec, tokenizer)
     with startup.part("rewards"):
         scorer = await _start_scorer(spec, tokenizer, outside, stack)
     make_dispatcher = _dispatchers(outside, None)
@@ -127,7 +128,7 @@ async def build(
     log = await asyncio.to_thread(_open_log, job, outside, keep=keep, total_steps=schedule.last_version)
     stack.push_async_callback(asyncio.to_thread, log.close)  # wandb may take its time
     progress.set("Starting", "waiting for the rollout servers")
-    options, on_policy, halt = _dispatch_options(spec, tokenizer), spec.rollout.max_staleness == 0, Halt()
+    on_policy, halt = spec.rollout.max_staleness == 0, Halt()
     validation = Validation(validation_prompts, options, spec.rollout.validation, atomic=on_policy)
     parts = Parts(
         dataset=data,
@@ -202,6 +203,7 @@ async def _start_scorer(
         spec.failure_policy.startup_timeout_seconds,
         retry_seconds=reward.retry_seconds,
         on_refusal=refused,
+        memory_limit_bytes=int(reward.memory_gib * 2**30) if reward.memory_gib else memory_share(reward.workers),
     )
     await stack.enter_async_context(pool)
     scorer = Scorer(
@@ -281,7 +283,8 @@ def _dispatch_options(spec: Spec, tokenizer: TokenizerInfo) -> DispatchOptions:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            stop_token_ids=list(tokenizer.eos_ids),
+            min_p=rollout.min_p,
+            stop_token_ids=stop_token_ids(tokenizer, rollout.stop, rollout.stop_token_ids),
         ),
         purpose="train",
         seed=rollout.seed if rollout.seed_per_request else None,

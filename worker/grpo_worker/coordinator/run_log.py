@@ -79,4 +79,8 @@ class RunLog:
             "score": sample.reward.score if sample.reward else None,
             "accuracy": sample.reward.accuracy if sample.reward else None,
         }
+        if sample.reward and sample.reward.extra:
+            record["extra"] = sample.reward.extra
+        if source := group.prompt.data.get("data_source"):
+            record["source"] = str(source)
         self._samples.write(step, record)

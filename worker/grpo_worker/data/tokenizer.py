@@ -5,6 +5,7 @@ fed to the model (sequences are packed), so a missing pad token is a note and no
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,29 @@ def describe(
         vocab_size=vocab_size,
         notes=tuple(notes),
     )
+
+
+def stop_token_ids(info: TokenizerInfo, texts: Sequence[str], ids: Sequence[int]) -> list[int]:
+    """The tokens that end a response: the end-of-sequence ones, and those of `rollout.stop` and `rollout.stopTokenIds`. Raises DataError.
+
+    A text of several tokens would have to be looked for in text, where a token may begin before it: what is trained would not be what was
+    scored.
+    """
+    found = list(info.eos_ids)
+    for position, text in enumerate(texts):
+        tokens = info.tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise DataError(
+                f"rollout.stop[{position}]: {text!r} is {len(tokens)} tokens of this tokenizer, not one. Take a text that is one, or cut "
+                "the response in your reward function."
+            )
+        found += tokens
+    for position, token in enumerate(ids):
+        if not 0 <= token < info.vocab_size:
+            raise DataError(
+                f"rollout.stopTokenIds[{position}]: {token} is none of the tokenizer's {info.vocab_size} tokens."
+            )
+    return list(dict.fromkeys([*found, *ids]))
 
 
 def _generation_eos_ids(directory: Path) -> tuple[int, ...]:

@@ -9,12 +9,15 @@ head of the queue. The event loop never waits.
 
 import asyncio
 import math
+import os
 import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,6 +41,18 @@ _RESTART_PAUSE_SECONDS = 0.5
 # close() within 5 seconds: first for exit handlers, then for the kernel.
 _EXIT_SECONDS = 1.0
 _KILL_SECONDS = 3.0
+
+
+def memory_share(workers: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes for each of so many workers: half of what this container may have, or of the machine, and never less than 1 GiB.
+
+    A container over its limit is ended whole, coordinator and all.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
+        with suppress(OSError, ValueError):  # "max": none
+            limits.append(int((cgroup / name).read_text()))
+    return max(min(limits) // 2 // workers, 1 << 30)
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class RewardPool:
 
     `timeout_seconds` limits each call, `startup_timeout_seconds` the loading of the function (imports included).
     `retry_seconds`: for so long a call that raises TryAgain is made again; `on_refusal` hears of it, once a minute at
-    most. `memory_limit_bytes` caps a worker's address space (RLIMIT_AS), so that a runaway verifier gets a MemoryError. Use
+    most. `memory_limit_bytes` caps what a worker may write to (RLIMIT_DATA), so that a runaway verifier gets a MemoryError. Use
     from one event loop:
 
         async with RewardPool("gsm8k", {}, workers=2, timeout_seconds=5, startup_timeout_seconds=60) as pool:

@@ -1,7 +1,8 @@
 """One worker process as the pool sees it: frames out, replies in, a deadline, and one notice when it is lost.
 
 Invariant: `on_lost` is called exactly once for each worker that was not stopped by the pool, after every reply that it
-sent. From then on its whole process group has been sent SIGKILL: verifiers start processes of their own.
+sent. From then on its whole process group, and whatever has inherited its environment, has been sent SIGKILL: verifiers start
+processes of their own, some of them in sessions of their own.
 """
 
 import asyncio
@@ -9,9 +10,11 @@ import os
 import pickle
 import signal
 import sys
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 from grpo_worker.rewards.wire import DamagedReplyError, FrameReader, Reply, Setup, decode_reply, frame
@@ -21,6 +24,8 @@ _REAP_SECONDS = 5.0
 _STDIN, _STDOUT = 0, 1
 # The worker runs code that nobody vouches for, in part written by the model: it has no use for the job's token.
 _WITHHELD_VARIABLES = ("GRPO_JOB_TOKEN",)
+# By which the processes that a worker has started are known, wherever they have gone.
+_MARK = "GRPO_REWARD_WORKER"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._frames = FrameReader()
+        self._mark = uuid.uuid4().hex
         self._transport: asyncio.SubprocessTransport | None = None
         self._silent = False  # lost or stopped: nothing more is reported
         self._deadline: float | None = None
@@ -66,6 +72,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             OSError: the process could not be started.
         """
         environment = {key: value for key, value in os.environ.items() if key not in _WITHHELD_VARIABLES}
+        environment[_MARK] = self._mark
         environment.setdefault("OMP_NUM_THREADS", "1")  # parallelism comes from the number of workers
         await self._loop.subprocess_exec(
             lambda: self,
@@ -185,6 +192,19 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         # The group may be empty already (macOS says EPERM while its leader is not reaped).
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._transport.get_pid(), signal.SIGKILL)
+        for process in _with_variable(f"{_MARK}={self._mark}"):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+
+
+def _with_variable(variable: str) -> list[int]:
+    """Processes that were started with this in their environment; none where there is no /proc."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone meanwhile, or another user's
+            if variable.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                found.append(int(directory.name))
+    return found
 
 
 def _describe_exit(code: int | None) -> str:

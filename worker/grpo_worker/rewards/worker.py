@@ -103,7 +103,8 @@ def _die_with_parent() -> None:
 def _limit_resources(memory_limit_bytes: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a verifier that segfaults for each sample must not fill the disk
     if memory_limit_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
+        # What it writes to, not its address space: torch and CUDA reserve far more of that than they use.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
     if sys.platform == "linux":
         try:
             with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
