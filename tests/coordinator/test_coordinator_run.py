@@ -4,11 +4,13 @@ What is counted here is prompts: over engines that die, stops and resumes, each 
 """
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
+import numpy as np
 import pytest
 from aiohttp import web
 from coordinator_helpers import TOKEN, Engine, answer, good, published
@@ -440,3 +442,46 @@ async def test_prompts_in_place_of_filtered_ones_are_told_once_a_step(stage: Sta
     assert len(told) <= 2 * steps + 2
     assert sum(int(message.split(" prompts x")[0].split()[-1]) for message in told) == PROMPTS * 4
     assert any("in place of filtered and failed ones" in message for message in told)
+
+
+async def test_every_trajectory_is_kept_where_the_document_asks_for_it(stage: Stage) -> None:
+    import datasets
+
+    batches: list[Any] = []
+    train = str(stage.root / "train.parquet")
+    job = stage.job(
+        trainer={"rolloutDump": True, "testFreq": 2},
+        data={"trainFiles": [train], "validationFiles": [train], "trainBatchSize": BATCH, "maxPromptLength": 16},
+    )
+    async with stage.members(Engine("rollout-0")):
+        update = stage.trainer.update
+
+        def keep(request: UpdateRequest) -> Any:
+            batches.append(request.batch)
+            return update(request)
+
+        stage.trainer.answers[UpdateRequest] = keep
+        await stage.train(job)
+    files = sorted(path.name for path in (stage.root / "run" / "rollouts").iterdir())
+    steps = PROMPTS * EPOCHS // BATCH
+    assert [name for name in files if name.startswith("train")] == [
+        f"train-{step:06d}.parquet" for step in range(1, steps + 1)
+    ]
+    assert "validation-000000.parquet" in files and f"validation-{steps:06d}.parquet" in files
+    kept = datasets.load_dataset("parquet", data_files=str(stage.root / "run/rollouts/train-*.parquet"), split="train")
+    assert Counter(kept["uid"]) == Counter(dict.fromkeys(stage.trained(), 2))
+    for step, batch in enumerate(batches, 1):
+        rows = [row for row in kept if row["step"] == step]
+        tokens = [token for row in rows for token in (*row["prompt_token_ids"], *row["token_ids"])]
+        assert tokens == batch.token_ids.numpy().tolist()
+        lengths = batch.response_lengths.numpy()
+        advantages = np.split(batch.advantages.numpy(), np.cumsum(lengths)[:-1])
+        assert [row["advantage"] for row in rows] == pytest.approx(
+            [float(each.mean()) for each in advantages], abs=1e-6
+        )
+    first = kept[0]
+    assert first["outcome"] == "trained" and first["versions"] == [
+        {"version": 0, "start": 0, "end": len(first["token_ids"])}
+    ]
+    assert len(first["log_probs"]) == len(first["token_ids"]) and first["sampled"] is None
+    assert first["score"] is not None and first["ground_truth"]

@@ -51,6 +51,11 @@ class RunDirectory:
         return self.root / "spans.jsonl"
 
     @property
+    def rollouts(self) -> Path:
+        """Every trajectory, a Parquet file a step, where the document asks for it."""
+        return self.root / "rollouts"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

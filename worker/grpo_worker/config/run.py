@@ -43,6 +43,11 @@ class Trainer(Section):
         verl="trainer.experiment_name",
         min_length=1,
     )
+    rollout_dump: bool = field(
+        False,
+        "Keep every trajectory, as rollouts/train-STEP.parquet in the run's directory.",
+        verl="trainer.rollout_data_dir",
+    )
     log_samples: int = field(
         8,
         "Completions kept at each validation, for the report.",

@@ -27,6 +27,7 @@ from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.otlp import SpanExporter
 from grpo_worker.coordinator.progress import Progress
 from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
+from grpo_worker.coordinator.rollout_dump import RolloutDump
 from grpo_worker.coordinator.run_log import RunLog
 from grpo_worker.coordinator.run_state import check_same_model, describe_model
 from grpo_worker.coordinator.saver import Saver
@@ -259,6 +260,7 @@ def _open_log(job: GRPOJob, outside: Outside, *, keep: int, total_steps: int) ->
         StepFile(directory.spans, SPANS_BYTES),
         SpanExporter.of_environment(job.name, job.metadata.namespace or "default"),
         trainer.log_samples,
+        RolloutDump(directory.rollouts) if trainer.rollout_dump else None,
     )
 
 

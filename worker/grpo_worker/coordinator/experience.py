@@ -124,6 +124,13 @@ class Credited:
     mask: Tensor
     metrics: dict[str, float]
 
+    def sample_advantages(self) -> list[float]:
+        """Mean over the tokens that the update trains on, a sample each; 0 where there is none."""
+        sums, counts = (torch.zeros(self.experience.sequences, dtype=torch.float64) for _ in range(2))
+        sums.index_add_(0, self.experience.seq_ids, (self.advantages * self.mask).double())
+        counts.index_add_(0, self.experience.seq_ids, self.mask.double())
+        return (sums / counts.clamp(min=1)).tolist()
+
     def wire(self) -> TrainBatch:
         """What `update` needs."""
         return msgspec.structs.replace(

@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_worker.coordinator.groups import Group, Sample
 from grpo_worker.coordinator.otlp import SpanExporter
+from grpo_worker.coordinator.rollout_dump import RolloutDump
 from grpo_worker.coordinator.schedule import Batch
 from grpo_worker.metric_loggers import MetricLoggers, StepFile
 
@@ -25,21 +26,28 @@ class RunLog:
         spans: StepFile,
         exporter: SpanExporter | None,
         samples_kept: int,
+        dump: RolloutDump | None = None,
     ) -> None:
-        """`exporter`: gets the spans too; `samples_kept`: completions of each step and each validation."""
+        """`exporter`: gets the spans too; `samples_kept`: completions of each step and each validation; `dump`: gets all of them."""
         self._loggers = loggers
         self._ledger = ledger
         self._samples = samples
         self._spans = spans
         self._exporter = exporter
         self._samples_kept = samples_kept
+        self._dump = dump
 
-    async def batch(self, step: int, batch: Batch) -> None:
-        """What became of the prompts of a step, and the samples of one of them. Raises ConfigError when the disk is full."""
-        await asyncio.to_thread(self._batch, step, batch)
+    async def batch(self, step: int, batch: Batch, advantages: Sequence[float] = ()) -> None:
+        """What became of the prompts of a step, and the samples of one of them. `advantages`: of the samples that were trained on.
+
+        Raises ConfigError when the disk is full.
+        """
+        await asyncio.to_thread(self._batch, step, batch, advantages)
 
     async def validation(self, step: int, groups: Sequence[Group]) -> None:
         """Raises ConfigError when the disk is full."""
+        if self._dump is not None:
+            await asyncio.to_thread(self._dump.write, "validation", step, {"validation": groups})
         for group in groups[: self._samples_kept]:
             await asyncio.to_thread(self._samples_of, "validation", step, group, group.samples)
 
@@ -59,9 +67,11 @@ class RunLog:
         for each in (self._loggers, self._ledger, self._samples, self._spans):
             each.close()
 
-    def _batch(self, step: int, batch: Batch) -> None:
+    def _batch(self, step: int, batch: Batch, advantages: Sequence[float]) -> None:
         named = {"trained": batch.ready, "filtered": batch.filtered, "failed": batch.failed}
         self._ledger.write(step, {key: [group.uid for group in groups] for key, groups in named.items()})
+        if self._dump is not None:
+            self._dump.write("train", step, named, advantages)
         for group in [*batch.ready, *batch.filtered][:1]:
             self._samples_of("train", step, group, group.samples[: self._samples_kept])
 
