@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from grpo_worker.config import Spec
-from grpo_worker.coordinator.build import _dispatch_options, _open_data
+from grpo_worker.coordinator.build import _open_data, dispatch_options
 from grpo_worker.data.tokenize import PromptEncoder
 from grpo_worker.data.tokenizer import load_tokenizer
 from grpo_worker.errors import DataError
@@ -104,6 +104,6 @@ def test_what_is_sampled_and_where_it_stops_goes_to_the_engines(
     info = load_tokenizer(tmp_path)
     rollout = {"topP": 0.9, "topK": 20, "minP": 0.1, "stop": ["="], "stopTokenIds": [1]}
     spec = Spec.model_validate({"model": {"path": "m"}, "rollout": rollout})
-    sampling = _dispatch_options(spec, info).sampling
+    sampling = dispatch_options(spec, info).sampling
     assert (sampling.top_p, sampling.top_k, sampling.min_p) == (0.9, 20, 0.1)
     assert sampling.stop_token_ids == list(dict.fromkeys([*info.eos_ids, tokenizer.convert_tokens_to_ids("="), 1]))

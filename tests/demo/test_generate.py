@@ -1,14 +1,19 @@
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from grpo_worker.checkpoint import CheckpointTransaction
+from grpo_worker.config import Spec
 from grpo_worker.data.tokenizer import describe
 from grpo_worker.demo.model import build_model
 from grpo_worker.demo.tokenizer import MAX_CONTEXT_TOKENS, build_tokenizer
 from grpo_worker.errors import CheckpointDamagedError, UsageError
+from grpo_worker.evaluate import evaluate
 from grpo_worker.generate import check_sampling, encode_prompts, find_model, generate, read_prompts
 
 
@@ -128,3 +133,46 @@ def test_the_engine_says_what_the_model_says(run_directory: Path) -> None:
         input_ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         output = model.generate(input_ids=input_ids, do_sample=False, max_new_tokens=12)[0, input_ids.shape[1] :]
         assert completion == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_a_checkpoint_is_validated_as_a_run_would(run_directory: Path, tmp_path: Path) -> None:
+    """Greedy answers and their grades are those that transformers' own answers get."""
+    pytest.importorskip("vllm")
+    import datasets
+    import torch
+
+    sums = [("48+35=", "83"), ("100+100=", "200"), ("7+5=", "12"), ("999+1=", "1000")]
+    model, tokenizer = build_model(1), build_tokenizer()
+    answers = []
+    for prompt, _ in sums:
+        input_ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        output = model.generate(input_ids=input_ids, do_sample=False, max_new_tokens=12)[0, input_ids.shape[1] :]
+        answers.append(tokenizer.decode(output, skip_special_tokens=True))
+    # One truth is what the model says, so that not all is wrong.
+    rows = [{"prompt": prompt, "reward": truth, "data_source": "sums"} for prompt, truth in sums]
+    rows[1] |= {"reward": answers[1].strip() or "none", "data_source": "echo"}
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "job.yaml").write_text(
+        "apiVersion: grpo.dev/v1alpha1\nkind: GRPOJob\nmetadata: {name: sums}\nspec:\n  model: {path: none}\n"
+        "  data: {trainFiles: [none.parquet], maxPromptLength: 16, maxResponseLength: 12}\n  reward: {function: exactMatch}\n"
+        "  rollout: {validation: {'n': 2}}\n"
+    )
+    command = [sys.executable, "-m", "grpo_worker.cli.main", "eval", str(tmp_path / "job.yaml"), "--json"]
+    options = ["--checkpoint", str(run_directory), "--data", str(tmp_path / "test.jsonl"), "--dump", str(tmp_path)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    right = [answer.strip() == row["reward"] for answer, row in zip(answers, rows, strict=True)]
+    assert right[1] and metrics["val/accuracy/pass@1"] == sum(right) / 4
+    assert metrics["val/echo/accuracy/pass@1"] == 1.0
+    assert metrics["val/sums/accuracy/pass@1"] == (right[0] + right[2] + right[3]) / 3
+    assert {"val/accuracy/mean@2", "val/accuracy/pass@2", "val/accuracy/maj@2", "val/score/best@2"} <= metrics.keys()
+    kept = datasets.load_dataset("parquet", data_files=str(tmp_path / "validation-000000.parquet"), split="train")
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in kept["token_ids"]]
+    assert texts == answers and set(kept["advantage"]) == {None}
+
+
+def test_an_evaluation_without_data_says_what_to_name(run_directory: Path) -> None:
+    spec = Spec.model_validate({"model": {"path": "none"}, "reward": {"function": "math"}})
+    with pytest.raises(UsageError, match=r"data\.validationFiles: none\. Name files with --data"):
+        evaluate(spec, find_model(run_directory))

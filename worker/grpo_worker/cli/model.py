@@ -1,4 +1,4 @@
-"""`grpo generate`: look at a trained model."""
+"""`grpo generate`, `grpo eval`: look at a trained model."""
 
 import argparse
 import json
@@ -36,6 +36,43 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     answer.add_argument("--timeout-seconds", type=float, default=600.0, help="limit of the generation, default 600")
     answer.add_argument("--json", action="store_true", help="print one JSON object a prompt: prompt, completions")
     answer.set_defaults(function=_generate)
+    measure = commands.add_parser(
+        "eval",
+        help="validate a checkpoint without training",
+        description="The document's validation of a checkpoint: its prompts, sampling (rollout.validation) and graders, one engine.",
+    )
+    measure.add_argument("file", help="the GRPOJob (YAML)")
+    measure.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="a checkpoint, a directory of checkpoints, a run, or a model; default model.path",
+    )
+    measure.add_argument("--data", nargs="+", metavar="FILE", help="in place of data.validationFiles")
+    measure.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field"
+    )
+    measure.add_argument("--dump", type=Path, metavar="DIR", help="also write the greedy answers, as Parquet")
+    measure.add_argument("--json", action="store_true", help="print one JSON object")
+    measure.set_defaults(function=_eval)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from grpo_worker.config import load_job
+    from grpo_worker.evaluate import evaluate
+    from grpo_worker.generate import find_model
+    from grpo_worker.model_files import resolve_model
+
+    data = [f"data.validationFiles={json.dumps(options.data)}"] if options.data else []
+    spec = load_job(options.file, [*options.overrides, *data]).spec
+    model = (
+        find_model(options.checkpoint) if options.checkpoint else resolve_model(spec.model.path, spec.model.revision)
+    )
+    metrics = evaluate(spec, model, options.dump)
+    if options.json:
+        print(json.dumps(metrics))
+        return
+    for name, value in metrics.items():
+        print(f"{name:40} {value:.4g}")
 
 
 def _generate(options: argparse.Namespace) -> None:

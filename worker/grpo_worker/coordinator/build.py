@@ -7,6 +7,7 @@ anything; what was opened is closed when the caller's stack unwinds.
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ async def build(
     with startup.part("data"):
         tokenizer, data, validation_prompts = await in_daemon_thread(_open_data, spec, directory, events)
     _check_decay(spec, data)
-    options = _dispatch_options(spec, tokenizer)
+    options = dispatch_options(spec, tokenizer)
     with startup.part("rewards"):
         scorer = await _start_scorer(spec, tokenizer, outside, stack)
     make_dispatcher = _dispatchers(outside, None)
@@ -196,16 +197,7 @@ async def _start_scorer(
         text = f"reward.function asks to be tried again, and is for {reward.retry_seconds:g} s (reward.retrySeconds): {message}"
         outside.events.emit("warning", "RewardTryAgain", text)
 
-    pool = RewardPool(
-        reward.function or PARTS,
-        dict(reward.options) if reward.function else as_options(reward.parts, reward.options),
-        reward.workers,
-        reward.timeout_seconds,
-        spec.failure_policy.startup_timeout_seconds,
-        retry_seconds=reward.retry_seconds,
-        on_refusal=refused,
-        memory_limit_bytes=int(reward.memory_gib * 2**30) if reward.memory_gib else memory_share(reward.workers),
-    )
+    pool = reward_pool(spec, refused)
     await stack.enter_async_context(pool)
     scorer = Scorer(
         pool,
@@ -217,6 +209,21 @@ async def _start_scorer(
     )
     stack.push_async_callback(scorer.close)
     return scorer
+
+
+def reward_pool(spec: Spec, on_refusal: Callable[[str], None]) -> RewardPool:
+    """The document's reward functions, to be entered."""
+    reward = spec.reward
+    return RewardPool(
+        reward.function or PARTS,
+        dict(reward.options) if reward.function else as_options(reward.parts, reward.options),
+        reward.workers,
+        reward.timeout_seconds,
+        spec.failure_policy.startup_timeout_seconds,
+        retry_seconds=reward.retry_seconds,
+        on_refusal=on_refusal,
+        memory_limit_bytes=int(reward.memory_gib * 2**30) if reward.memory_gib else memory_share(reward.workers),
+    )
 
 
 def _schedule(spec: Spec, data: PromptDataset, cursor: Cursor, step: int) -> Schedule:
@@ -276,7 +283,7 @@ def _dispatchers(outside: Outside, setup: AgentSetup | None) -> MakeDispatcher:
     return make
 
 
-def _dispatch_options(spec: Spec, tokenizer: TokenizerInfo) -> DispatchOptions:
+def dispatch_options(spec: Spec, tokenizer: TokenizerInfo) -> DispatchOptions:
     rollout = spec.rollout
     return DispatchOptions(
         sampling=Sampling(

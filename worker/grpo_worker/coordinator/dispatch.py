@@ -59,6 +59,25 @@ class DispatchOptions:
     def wants_log_probs(self, uid: str) -> bool:
         return self.log_probs_one_in > 0 and derived_seed(uid) % self.log_probs_one_in == 0
 
+    def waves(self, prompts: int) -> int:
+        """How often an engine with so many prompts fills its `max_num_seqs` places: a deadline is a prompt's own, not its queue's."""
+        return max(1, math.ceil(prompts * self.sampling.n / self.max_num_seqs))
+
+
+def prompt_request(options: DispatchOptions, group: Group) -> PromptRequest:
+    """What an engine gets of a group."""
+    return PromptRequest(
+        id=group.uid,
+        token_ids=Array.of(group.prompt.token_ids, "int32"),
+        seed=None if options.seed is None else prompt_seed(options.seed, group.uid, options.purpose),
+        log_probs=options.wants_log_probs(group.uid),
+    )
+
+
+def samples_of(result: GroupResult) -> list[Sample]:
+    """What an engine gave for a group."""
+    return [Sample(s.token_ids.numpy(), _log_probs(s), s.finish_reason, list(s.versions)) for s in result.samples]
+
 
 class ServiceLimit:
     """How long prompts may wait without any engine in service."""
@@ -240,9 +259,9 @@ class Dispatcher(RolloutDispatcher):
         self._requests += 1
         request = GenerateRequest(
             request_id=f"{options.purpose}-{self._requests}",
-            prompts=[self._prompt(group) for group in groups],
+            prompts=[prompt_request(options, group) for group in groups],
             sampling=options.sampling,
-            deadline_seconds=options.deadline_seconds * self._waves(self._held(member) + len(groups)),
+            deadline_seconds=options.deadline_seconds * options.waves(self._held(member) + len(groups)),
             atomic=atomic,
             min_weight_version=self._weights.version,
         )
@@ -253,20 +272,6 @@ class Dispatcher(RolloutDispatcher):
     def _held(self, member: Member) -> int:
         """Prompts that an engine was sent and has not answered."""
         return sum(len(flight.pending) for flight in self._flights if flight.member is member)
-
-    def _waves(self, prompts: int) -> int:
-        """How often an engine with so many prompts fills its `max_num_seqs` places: a deadline is a prompt's own, not its queue's."""
-        options = self._options
-        return max(1, math.ceil(prompts * options.sampling.n / options.max_num_seqs))
-
-    def _prompt(self, group: Group) -> PromptRequest:
-        seed = self._options.seed
-        return PromptRequest(
-            id=group.uid,
-            token_ids=Array.of(group.prompt.token_ids, "int32"),
-            seed=None if seed is None else prompt_seed(seed, group.uid, self._options.purpose),
-            log_probs=self._options.wants_log_probs(group.uid),
-        )
 
     async def _fly(self, flight: _Flight, request: GenerateRequest) -> None:
         try:
@@ -297,9 +302,7 @@ class Dispatcher(RolloutDispatcher):
         if result.error is not None:
             self._again(flight, group, f"{name}: {result.error}", End.FAILED, at_once=result.error_kind in PERMANENT)
         else:
-            group.samples = [
-                Sample(s.token_ids.numpy(), _log_probs(s), s.finish_reason, list(s.versions)) for s in result.samples
-            ]
+            group.samples = samples_of(result)
             group.state = GroupState.SCORING
             self._on_done(group)
         self._wake.set()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import comb
 from statistics import fmean
+from typing import Protocol
 
 from grpo_worker.config.rollout import ValidationSampling
 from grpo_worker.coordinator.dispatch import DispatchOptions, RolloutDispatcher
@@ -20,7 +21,18 @@ from grpo_worker.protocol.messages import Sampling
 from grpo_worker.rewards.base import RewardResult
 
 OnDone = Callable[[Group], None]
+
+
+class Generates(Protocol):
+    """What validation asks of a dispatcher."""
+
+    def submit(self, groups: Sequence[Group], *, atomic: bool) -> None: ...
+
+    async def run(self, *, until_idle: bool = False) -> None: ...
+
+
 MakeDispatcher = Callable[[DispatchOptions, OnDone], RolloutDispatcher]
+MakeGenerator = Callable[[DispatchOptions, OnDone], Generates]
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Validation:
     def prompts(self) -> int:
         return len(self._prompts)
 
-    async def run(self, make_dispatcher: MakeDispatcher, scorer: Scorer) -> ValidationResult:
+    async def run(self, make_dispatcher: MakeGenerator, scorer: Scorer) -> ValidationResult:
         """Raises DataError when no answer at all could be scored."""
         metrics: dict[str, float] = {}
         greedy: list[Group] = []
@@ -90,7 +102,7 @@ class Validation:
                 metrics |= {f"{prefix}/{name}": value for name, value in measures(some, options.sampling.n).items()}
         return ValidationResult(metrics, greedy)
 
-    async def _generate(self, make_dispatcher: MakeDispatcher, options: DispatchOptions) -> list[Group]:
+    async def _generate(self, make_dispatcher: MakeGenerator, options: DispatchOptions) -> list[Group]:
         groups = [Group(order=order, prompt=prompt) for order, prompt in enumerate(self._prompts)]
         dispatcher = make_dispatcher(options, lambda group: None)
         dispatcher.submit(groups, atomic=self._atomic)
