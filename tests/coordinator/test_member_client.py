@@ -9,6 +9,7 @@ from aiohttp import web
 from coordinator_helpers import Engine, World, groups, heartbeats, world
 
 from grpo_worker.coordinator import members
+from grpo_worker.coordinator.dispatch import prompt_request
 from grpo_worker.coordinator.groups import Group
 from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import SilentError
@@ -40,8 +41,8 @@ async def generate(here: World) -> object:
 
 
 async def request_of(dispatcher: object) -> GenerateRequest:
-    prompts = [dispatcher._prompt(group) for group in groups(2)]  # type: ignore[attr-defined]
     options = dispatcher._options  # type: ignore[attr-defined]
+    prompts = [prompt_request(options, group) for group in groups(2)]
     return GenerateRequest(request_id="r", prompts=prompts, sampling=options.sampling, deadline_seconds=60.0)
 
 
