@@ -106,7 +106,6 @@ def test_a_verl_function_gets_the_arguments_that_it_takes_and_the_options(
             ["has no function 'lenght_reward'", "compute_score", "mean 'length_reward'?"],
         ),
         ("user_rewards:NUMBER", {}, ["'NUMBER'", "is a int, not a function"]),
-        ("user_rewards:waiting", {}, ["is an async function"]),
         ("user_rewards:two_things", {}, ["missing a required argument: 'tokenizer'", "verl's", "reward.options"]),
         ("user_rewards:short", {}, ["missing a required argument: 'bonus'"]),
         ("broken:f", {}, ["importing broken failed", "broken.py", "line 3", "KeyError: 'missing key'"]),

@@ -72,7 +72,9 @@ class Data(Section):
     seed: int = field(1, "Seed of the shuffle.", verl="data.seed", ge=0, le=LARGEST_SEED)
 
 
-RewardName = Annotated[str, Field(pattern=r"^(gsm8k|math|exactMatch|format|reasoningGym|[\w./\-]+:[A-Za-z_]\w*)$")]
+RewardName = Annotated[
+    str, Field(pattern=r"^(gsm8k|math|exactMatch|format|reasoningGym|judge|remote|[\w./\-]+:[A-Za-z_]\w*)$")
+]
 
 
 class RewardPart(Section):
@@ -92,7 +94,7 @@ class Reward(Section):
 
     function: RewardName | None = field(
         None,
-        "gsm8k, math, exactMatch, format, reasoningGym, or module:function.",
+        "gsm8k, math, exactMatch, format, reasoningGym, judge (a model behind an OpenAI-compatible API), remote (a service by URL), or module:function.",
         verl="custom_reward_function.path/name",
     )
     options: dict[str, Any] = field(
@@ -114,6 +116,10 @@ class Reward(Section):
         unit="seconds", ge=0,
     )  # fmt: skip
     workers: int = field(2, "Processes that score.", verl="reward_model.num_workers", unit="processes", ge=1, le=1024)
+    concurrency: int = field(
+        256, "Calls that one process has under way at a time, of judge, remote, and functions that are async.",
+        unit="calls", ge=1, le=65536,
+    )  # fmt: skip
     memory_gib: float | None = field(
         None, "Memory that one of them may write to, then it gets a MemoryError; default half of the container's, shared by them, at least 1.",
         unit="GiB", gt=0, le=65536,

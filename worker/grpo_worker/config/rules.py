@@ -208,7 +208,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: bool(s.reward.function) == bool(s.reward.parts),
         "has(self.reward.function) != (size(self.reward.parts) > 0)",
         "exactly one of reward.function and reward.parts says who judges the responses",
-        "Set reward.function to gsm8k, math, exactMatch, format, reasoningGym or your own module:function, or list several in reward.parts.",
+        "Set reward.function to gsm8k, math, exactMatch, format, reasoningGym, judge, remote or your own module:function, or list several in reward.parts.",
     ),
     Rule(
         "reward.parts",

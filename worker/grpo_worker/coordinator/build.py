@@ -222,6 +222,7 @@ def reward_pool(spec: Spec, on_refusal: Callable[[str], None]) -> RewardPool:
         spec.failure_policy.startup_timeout_seconds,
         retry_seconds=reward.retry_seconds,
         on_refusal=on_refusal,
+        concurrency=reward.concurrency,
         memory_limit_bytes=int(reward.memory_gib * 2**30) if reward.memory_gib else memory_share(reward.workers),
     )
 

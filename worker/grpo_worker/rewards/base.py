@@ -41,7 +41,8 @@ class RewardResult:
     answer: str | None = field(default=None, compare=False)
 
 
-RewardFunction = Callable[[RewardInput], RewardResult]
+# A coroutine function where the person's own is one.
+RewardFunction = Callable[[RewardInput], Any]
 
 
 class TryAgain(Exception):

@@ -22,6 +22,8 @@ BUILT_IN = {
     "exactMatch": ("grpo_worker.rewards.exact_match", "exact_match"),
     "format": ("grpo_worker.rewards.format", "format_match"),
     "reasoningGym": ("grpo_worker.rewards.reasoning_gym", "reasoning_gym"),
+    "judge": ("grpo_worker.rewards.judge", "judge"),
+    "remote": ("grpo_worker.rewards.judge", "remote"),
 }
 # In place of a function's name: options["parts"] holds several (`parts.as_options`).
 PARTS = "reward.parts"
@@ -72,13 +74,7 @@ def _built_in(name: str, field: str) -> tuple[ModuleType, Callable[..., object]]
 
 
 def _own(name: str, field: str) -> Callable[..., object]:
-    function = load_function(name, f"{field}.function")
-    if inspect.iscoroutinefunction(function):
-        raise DataError(
-            f"{field}.function: {name!r} is an async function; a worker makes one call at a time."
-            " Write a plain function (asyncio.run inside it), and raise reward.workers for calls that wait."
-        )
-    return function
+    return load_function(name, f"{field}.function")
 
 
 def _check_options(module: ModuleType, options: dict[str, Any], name: str, field: str) -> None:
@@ -92,25 +88,36 @@ def _bind(function: Callable[..., object], options: dict[str, Any], name: str, f
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C: take it as a function of the sample
-        return lambda sample: as_result(function(sample, **options))
+        return _checked(function, lambda sample: function(sample, **options))
     parameters = signature.parameters
     if {"solution_str", "ground_truth"} <= parameters.keys():
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         passed = tuple(key for key in VERL_ARGUMENTS if takes_any or key in parameters)
         _check_signature(signature, 0, passed, options, name, field)
 
-        def call_as_verl(sample: RewardInput) -> RewardResult:
+        def call_as_verl(sample: RewardInput) -> Any:
             arguments = {
                 "data_source": sample.data.get("data_source", ""),
                 "solution_str": sample.response,
                 "ground_truth": sample.ground_truth,
                 "extra_info": sample.data.get("extra_info") or {},
             }
-            return as_result(function(**{key: arguments[key] for key in passed}, **options))
+            return function(**{key: arguments[key] for key in passed}, **options)
 
-        return call_as_verl
+        return _checked(function, call_as_verl)
     _check_signature(signature, 1, (), options, name, field)
-    return lambda sample: as_result(function(sample, **options))
+    return _checked(function, lambda sample: function(sample, **options))
+
+
+def _checked(function: Callable[..., object], call: Callable[[RewardInput], Any]) -> RewardFunction:
+    """`call`, with what it returns, or what awaiting that gives, as a RewardResult."""
+    if not inspect.iscoroutinefunction(function):
+        return lambda sample: as_result(call(sample))
+
+    async def wait(sample: RewardInput) -> RewardResult:
+        return as_result(await call(sample))
+
+    return wait
 
 
 def _check_signature(

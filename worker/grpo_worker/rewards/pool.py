@@ -35,6 +35,7 @@ _AHEAD_CALLS = 64
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _NOTICE_SECONDS = 60.0
+_LOOP_SECONDS = 10.0
 # Replacements that fail to start in a row before the pool gives up, and the pause before each new try.
 _START_TRIES = 4
 _RESTART_PAUSE_SECONDS = 0.5
@@ -92,6 +93,7 @@ class _Slot:
 
     worker: WorkerProcess | None = None
     ready: bool = False
+    calls: int = 1  # that the worker takes at a time
     sent: deque[_Call] = field(default_factory=deque)  # the first one is being computed
     retry: _Call | None = None  # crashed a worker once; runs first on the next
 
@@ -119,6 +121,7 @@ class RewardPool:
         retry_seconds: float = 0.0,
         on_refusal: Callable[[str], None] = lambda message: None,
         memory_limit_bytes: int | None = None,
+        concurrency: int = 1,
     ) -> None:
         for name, value in (
             ("reward.workers", workers),
@@ -128,7 +131,7 @@ class RewardPool:
             if not value > 0:
                 raise UsageError(f"{name}: {value} is not above 0.")
         self.function_name = function_name
-        self._setup = Setup(function_name, options, memory_limit_bytes)
+        self._setup = Setup(function_name, options, memory_limit_bytes, concurrency, timeout_seconds)
         self._timeout_seconds = timeout_seconds
         self._startup_timeout_seconds = startup_timeout_seconds
         self._retry_seconds = retry_seconds
@@ -225,17 +228,24 @@ class RewardPool:
                 return
             self._fill(slot)
 
-    def _calls_ahead(self) -> int:
-        """Enough fast calls to keep a worker busy, one slow call at a time, no more than its share of the queue."""
+    def _limit(self, slot: _Slot) -> float:
+        """Until the next reply. A worker that has calls side by side judges each of them itself, unless its event loop stands still."""
+        return self._timeout_seconds if slot.calls == 1 else 2 * self._timeout_seconds + _LOOP_SECONDS
+
+    def _calls_ahead(self, slot: _Slot) -> int:
+        """Enough fast calls to keep a worker busy, one slow call at a time, no more than its share of the queue; twice what it takes side
+        by side, since it answers in order."""
         mean_seconds = self._answered_seconds / self._answered if self._answered else _AHEAD_SECONDS
         by_time = int(_AHEAD_SECONDS / max(mean_seconds, 1e-9))
         share = math.ceil(len(self._queue) / len(self._slots))
+        if slot.calls > 1:
+            return max(1, min(2 * slot.calls, len(slot.sent) + share))
         return max(1, min(_AHEAD_CALLS, by_time, share))
 
     def _fill(self, slot: _Slot) -> None:
         if slot.worker is None or not slot.ready or slot.retry is not None:
             return
-        limit = self._calls_ahead()
+        limit = self._calls_ahead(slot)
         if len(slot.sent) > limit // 2:
             return  # top up by half windows: fewer, larger writes
         self._send(slot, limit - len(slot.sent))
@@ -259,7 +269,7 @@ class RewardPool:
         if bodies and slot.worker is not None:
             slot.worker.send(bodies)
             if was_idle:
-                slot.worker.set_deadline(self._timeout_seconds)
+                slot.worker.set_deadline(self._limit(slot))
 
     def _settle(self, call: _Call, outcome: RewardOutcome) -> None:
         if not call.outcome.done():
@@ -309,6 +319,7 @@ class RewardPool:
     def _replied(self, slot: _Slot, worker: WorkerProcess, replies: list[Reply]) -> None:
         for reply in replies:
             if isinstance(reply, Ready) and not slot.ready:
+                slot.calls = reply.calls
                 self._worker_ready(slot)
             elif isinstance(reply, LoadFailed) and not slot.ready:
                 worker.kill()
@@ -320,7 +331,7 @@ class RewardPool:
                 worker.kill()
                 self._lost(slot, worker, Loss("crash", "the worker sent a reply that no call asked for"))
                 return
-        worker.set_deadline(self._timeout_seconds if slot.sent else None)
+        worker.set_deadline(self._limit(slot) if slot.sent else None)
         self._fill(slot)
 
     def _answer(self, call: _Call, reply: Scored | NotNow | Failed) -> None:

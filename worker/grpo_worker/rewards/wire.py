@@ -23,10 +23,15 @@ class Setup(msgspec.Struct):
     function_name: str
     options: dict[str, Any]
     memory_limit_bytes: int | None = None
+    # Of an async function: calls under way at a time, and the limit of each.
+    concurrency: int = 1
+    timeout_seconds: float = 60.0
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The function is loaded."""
+    """The function is loaded, and takes so many calls at a time."""
+
+    calls: int = 1
 
 
 class LoadFailed(msgspec.Struct, tag=True):
@@ -53,9 +58,9 @@ class NotNow(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The call raised something else, or returned no finite score."""
+    """The call raised something else, returned no finite score, or took too long (of an async function: the worker lives on)."""
 
-    kind: Literal["exception", "invalid"]
+    kind: Literal["exception", "invalid", "timeout"]
     message: str
     seconds: float
 

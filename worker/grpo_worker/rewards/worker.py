@@ -1,4 +1,5 @@
-"""The program of one reward worker: load the function, then answer calls one by one until the pool goes away.
+"""The program of one reward worker: load the function, then answer calls, in their order, until the pool goes away. Calls of an async function
+are under way side by side.
 
 Invariant: file descriptors 0 and 1 belong to the user's code (nothing to read, prints go to standard error); the frames
 use private copies that no child process inherits. The worker never outlives the pool: the kernel kills it when the
@@ -6,6 +7,7 @@ parent dies, even in the middle of a call, and it ends itself when its requests 
 """
 
 import ctypes
+import inspect
 import io
 import os
 import pickle
@@ -17,25 +19,12 @@ from typing import BinaryIO
 
 from grpo_worker.errors import GRPOError
 from grpo_worker.functions import traceback_tail
-from grpo_worker.rewards.base import InvalidRewardError, RewardFunction, RewardInput, TryAgain
+from grpo_worker.rewards.base import RewardFunction
 from grpo_worker.rewards.lookup import resolve
-from grpo_worker.rewards.wire import (
-    HEADER_BYTES,
-    MAX_REPLY_BYTES,
-    Failed,
-    LoadFailed,
-    NotNow,
-    Ready,
-    Reply,
-    Scored,
-    Setup,
-    body_length,
-    encode_reply,
-    frame,
-)
+from grpo_worker.rewards.replies import failed, read_frame, scored, send
+from grpo_worker.rewards.wire import Failed, LoadFailed, NotNow, Ready, Scored, Setup
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_MESSAGE_CHARACTERS = 4000
 # When memory runs out, the kernel should take a worker, which is replaced, before the pool's process (1000: first).
 _OOM_SCORE = b"700"
 
@@ -43,7 +32,7 @@ _OOM_SCORE = b"700"
 def main() -> None:
     requests, replies = _claim_pipes()
     _die_with_parent()
-    body = _read_frame(requests)
+    body = read_frame(requests)
     if body is None:
         return
     setup: Setup = pickle.loads(body)
@@ -51,29 +40,29 @@ def main() -> None:
     try:
         function = resolve(setup.function_name, setup.options)
     except GRPOError as error:
-        _send(replies, LoadFailed(str(error)))
+        send(replies, LoadFailed(str(error)))
         return
     except BaseException as error:
-        _send(replies, LoadFailed(f"reward.function: {setup.function_name!r} failed to load:\n{traceback_tail(error)}"))
+        send(replies, LoadFailed(f"reward.function: {setup.function_name!r} failed to load:\n{traceback_tail(error)}"))
         return
-    _send(replies, Ready())
-    while (body := _read_frame(requests)) is not None:
-        _send(replies, _call(function, body))
+    if inspect.iscoroutinefunction(function):
+        send(replies, Ready(setup.concurrency))
+        from grpo_worker.rewards.async_worker import serve  # asyncio alone takes longer to import than the rest
+
+        serve(function, setup, requests, replies)
+        return
+    send(replies, Ready())
+    while (body := read_frame(requests)) is not None:
+        send(replies, _call(function, body))
 
 
 def _call(function: RewardFunction, body: bytes) -> Scored | NotNow | Failed:
     start = time.perf_counter()
     try:
-        sample: RewardInput = pickle.loads(body)
-        result = function(sample)
-    except TryAgain as error:
-        return NotNow(str(error)[:_MESSAGE_CHARACTERS] or "no reason given", time.perf_counter() - start)
-    except InvalidRewardError as error:
-        return Failed("invalid", str(error)[:_MESSAGE_CHARACTERS], time.perf_counter() - start)
+        result = function(pickle.loads(body))
     except BaseException as error:  # sys.exit() in a verifier is a failed call, not the end of the worker
-        return Failed("exception", traceback_tail(error)[-_MESSAGE_CHARACTERS:], time.perf_counter() - start)
-    answer = None if result.answer is None else result.answer[:_MESSAGE_CHARACTERS]
-    return Scored(result.score, result.accuracy, result.extra, time.perf_counter() - start, answer)
+        return failed(error, time.perf_counter() - start)
+    return scored(result, time.perf_counter() - start)
 
 
 def _claim_pipes() -> tuple[BinaryIO, int]:
@@ -111,26 +100,6 @@ def _limit_resources(memory_limit_bytes: int | None) -> None:
                 file.write(_OOM_SCORE)
         except OSError as error:  # a locked-down /proc: the worker works as well without
             print(f"reward worker: oom_score_adj not set: {error}", file=sys.stderr)
-
-
-def _read_frame(requests: BinaryIO) -> bytes | None:
-    header = requests.read(HEADER_BYTES)
-    if len(header) < HEADER_BYTES:
-        return None
-    length = body_length(header)
-    body = requests.read(length)
-    return body if len(body) == length else None
-
-
-def _send(replies: int, reply: Reply) -> None:
-    body = encode_reply(reply)
-    if len(body) > MAX_REPLY_BYTES:
-        body = encode_reply(
-            Failed("invalid", f"the result takes {len(body)} bytes (the limit is {MAX_REPLY_BYTES})", 0.0)
-        )
-    view = memoryview(frame(body))
-    while view:
-        view = view[os.write(replies, view) :]
 
 
 if __name__ == "__main__":
