@@ -87,9 +87,9 @@ def test_the_template_its_variables_and_its_tools_make_the_prompt(
 
 
 def test_a_template_that_is_no_jinja_names_the_row_and_the_way_out(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    tokenizer.chat_template = "{% for m in %}"
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in %}")
     encoder = PromptEncoder(tokenizer, 16)
     with pytest.raises(
         DataError, match=r"row 3: the chat template refuses the prompt .* or set data.chatTemplate.apply: never"
