@@ -211,6 +211,7 @@ OTHER: dict[str, Any] = {
     "actor.lossMode": "mine:loss",
     "data.dataset": "mine:rows",
     "reward.function": "mine:reward",
+    "reward.parts": [{"name": "other", "function": "math"}],
     "rollout.agent": "mine:agent",
     "runtime.workspace": {"claimName": "other"},
     "runtime.shmSize": "1Gi",
@@ -292,7 +293,7 @@ def rich_document() -> dict[str, Any]:
     """The large example, and what it leaves out."""
     rich = parse_yaml(EXAMPLES[-1].read_text(), "example")
     for path in ("data.systemPrompt", "network.socketInterface", *OTHER):
-        if value_at(rich["spec"], path) is None and path not in ("data.dataset", "rollout.agent"):
+        if value_at(rich["spec"], path) is None and path not in ("data.dataset", "rollout.agent", "reward.parts"):
             put(rich["spec"], path, copy.deepcopy(OTHER.get(path, "some")))
     return dict(rich)
 

@@ -80,7 +80,9 @@ RewardName = Annotated[
 class RewardPart(Section):
     """One of several rewards."""
 
-    name: str = field(..., "In metrics (reward/NAME/mean) and samples.", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    name: str = field(
+        ..., "In metrics (reward/NAME/mean) and samples.", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=63
+    )
     function: RewardName = field(..., "As reward.function.")
     options: dict[str, Any] = field(dict, "Keyword arguments of the function.")
     weight: float = field(1.0, "What its score is multiplied with in the sum.")
@@ -106,7 +108,7 @@ class Reward(Section):
         list,
         "Several in place of one: the score is their weighted sum, the accuracy that of the first that gives one. Each part's own score is in "
         "metrics and samples.",
-        map_key="name",
+        max_length=32,
     )
     timeout_seconds: float = field(
         10.0, "Limit of one call; a call over it is killed and counted, never scored 0.", unit="seconds", gt=0

@@ -213,7 +213,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "reward.parts",
         lambda s: _repeated(part.name for part in s.reward.parts),
-        "",
+        "self.reward.parts.all(a, self.reward.parts.exists_one(b, b.name == a.name))",
         "names are not unique",
         "Give each part a name of its own.",
     ),
