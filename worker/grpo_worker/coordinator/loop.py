@@ -131,7 +131,7 @@ class TrainingLoop:
         self._step += 1
         self._updates += len(credited.experience.mini_batch_sequences) * self._spec.actor.ppo_epochs
         self._unsaved, self._metrics = self._state(), metrics
-        await parts.log.batch(self._step, batch, credited.sample_advantages())
+        await parts.log.batch(self._step, batch, credited.sample_advantages)
         report = await self._publish(timer)  # of the version before, where engines take weights beside the training
         self._collector.trained(self._step)
         metrics |= report.metrics() | group_metrics(batch, self._step - 1) | extra_reward_metrics(batch.ready)

@@ -5,7 +5,7 @@ loop does not.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_worker.coordinator.groups import Group, Sample
@@ -37,8 +37,9 @@ class RunLog:
         self._samples_kept = samples_kept
         self._dump = dump
 
-    async def batch(self, step: int, batch: Batch, advantages: Sequence[float] = ()) -> None:
-        """What became of the prompts of a step, and the samples of one of them. `advantages`: of the samples that were trained on.
+    async def batch(self, step: int, batch: Batch, advantages: Callable[[], Sequence[float]] = tuple) -> None:
+        """What became of the prompts of a step, and the samples of one of them. `advantages` gives those of the samples that were trained on,
+        and is asked where all are kept.
 
         Raises ConfigError when the disk is full.
         """
@@ -67,11 +68,11 @@ class RunLog:
         for each in (self._loggers, self._ledger, self._samples, self._spans):
             each.close()
 
-    def _batch(self, step: int, batch: Batch, advantages: Sequence[float]) -> None:
+    def _batch(self, step: int, batch: Batch, advantages: Callable[[], Sequence[float]]) -> None:
         named = {"trained": batch.ready, "filtered": batch.filtered, "failed": batch.failed}
         self._ledger.write(step, {key: [group.uid for group in groups] for key, groups in named.items()})
         if self._dump is not None:
-            self._dump.write("train", step, named, advantages)
+            self._dump.write("train", step, named, advantages())
         for group in [*batch.ready, *batch.filtered][:1]:
             self._samples_of("train", step, group, group.samples[: self._samples_kept])
 

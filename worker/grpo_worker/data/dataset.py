@@ -80,7 +80,8 @@ class PromptDataset:
         self._encoder = encoder
         self._encoded: list[Dataset] = []
         self._kept = np.zeros(0, np.bool_)
-        self._checksums: list[int] = []
+        self._checksums: list[int] = []  # of each file's content
+        self._kept_checksum = 0
         self._report: ScanReport | None = None
 
     def scan(self) -> ScanReport:
@@ -98,6 +99,7 @@ class PromptDataset:
                 "data.truncation to left, right or middle."
             )
         self._encoded, self._kept = encoded, kept
+        self._kept_checksum = zlib.crc32(np.packbits(kept).tobytes())
         self._checksums = [zlib.crc32(_column(part, "checksum").tobytes()) for part in encoded]
         truncated = sum(int(_column(part, "truncated").sum()) for part in encoded)
         self._report = ScanReport(len(kept), int(kept.sum()), int((~kept).sum()), truncated, int(tokens.max()))
@@ -170,7 +172,7 @@ class PromptDataset:
             "seed": self.options.seed,
             "shuffle": self.options.shuffle,
             "kept": report.kept,
-            "kept_crc32": zlib.crc32(np.packbits(self._kept).tobytes()),
+            "kept_crc32": self._kept_checksum,
             "max_prompt_tokens": self._encoder.max_prompt_tokens,
         }
 

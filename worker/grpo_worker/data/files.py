@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from grpo_worker.data.columns import Keys, keys_of_rows, keys_of_table
 from grpo_worker.data.options import DataOptions
@@ -83,7 +84,7 @@ class TableRows(Rows):
             input_columns=columns,
             remove_columns=self._data.column_names,
             features=features,
-            new_fingerprint=_short(self._data._fingerprint, repr(self.keys), identity),
+            new_fingerprint=xxhash.xxh3_128_hexdigest(f"{self._data._fingerprint} {self.keys} {identity}".encode()),
         )
 
     def _needed(self) -> list[str]:
@@ -326,13 +327,6 @@ def _guess_format(head: bytes) -> str:
     if head.startswith(b"PARE"):
         return " that can be read without a key: its footer is encrypted. Write it without encryption."
     return f" (it starts with {head[:4]!r}, not {MAGIC!r}), nor called .jsonl or .csv. Write it as Parquet."
-
-
-def _short(*parts: str) -> str:
-    """A name of 16 digits for these texts, of the kind that `datasets` gives its own."""
-    from datasets.fingerprint import Hasher
-
-    return str(Hasher.hash(parts))
 
 
 def _call(function: Callable[..., Any], label: str, kwargs: dict[str, Any]) -> list[Mapping[str, Any]]:

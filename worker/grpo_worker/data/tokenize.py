@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import xxhash
 
 from grpo_worker.config.data import Apply, Truncation
 from grpo_worker.errors import DataError, UsageError
@@ -72,14 +73,14 @@ class PromptEncoder:
         return self.chat_template == "auto" and bool(self.tokenizer.chat_template)
 
     def identity(self) -> str:
-        """Changes with whatever changes what a prompt becomes."""
+        """A name that changes with whatever changes what a prompt becomes."""
         tokenizer = self.tokenizer
         settings = [
             self.max_prompt_tokens, self.truncation, self.filter_overlong, self.uses_template, self.system_prompt, dict(self.template_kwargs),
             tokenizer.chat_template, tokenizer.bos_token_id, type(tokenizer).__name__,
         ]  # fmt: skip
         vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-        return f"{json.dumps(settings, default=str)} {vocabulary}"
+        return xxhash.xxh3_128_hexdigest(f"{json.dumps(settings, default=str)} {vocabulary}".encode())
 
     def encode(self, prompt: Any, where: str) -> EncodedPrompt | None:
         """One prompt (text, or a list of {role, content}); None when it is filtered as over-long."""

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from grpo_worker.errors import DataError, RetryableError, UsageError
 from grpo_worker.rewards.base import RewardInput, RewardResult
-from grpo_worker.rewards.process import Loss, WorkerProcess
+from grpo_worker.rewards.process import Loss, WorkerProcess, kill_started_with
 from grpo_worker.rewards.wire import Failed, FailureKind, LoadFailed, NotNow, Ready, Reply, Scored, Setup
 
 # A worker is sent calls ahead, so that it need not wait for the pool between two fast ones: this many seconds' worth,
@@ -187,13 +187,16 @@ class RewardPool:
                 if slot.ready and not slot.sent:
                     slot.worker.close_requests()
                 else:
-                    slot.worker.kill()
+                    slot.worker.kill_group()
                 slot.sent.clear()
+        marks = {worker.mark for worker in self._processes}
         if alive := [worker for worker in self._processes if worker.alive]:
             await asyncio.wait([worker.gone for worker in alive], timeout=_EXIT_SECONDS)
             for worker in alive:
-                worker.kill()
+                worker.kill_group()
             await asyncio.wait([worker.gone for worker in alive], timeout=_KILL_SECONDS)
+        if marks:
+            kill_started_with(marks)
 
     async def __aenter__(self) -> Self:
         await self.start()

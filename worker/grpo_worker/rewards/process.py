@@ -11,7 +11,7 @@ import pickle
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._frames = FrameReader()
-        self._mark = uuid.uuid4().hex
+        self.mark = f"{_MARK}={uuid.uuid4().hex}"
         self._transport: asyncio.SubprocessTransport | None = None
         self._silent = False  # lost or stopped: nothing more is reported
         self._deadline: float | None = None
@@ -72,7 +72,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             OSError: the process could not be started.
         """
         environment = {key: value for key, value in os.environ.items() if key not in _WITHHELD_VARIABLES}
-        environment[_MARK] = self._mark
+        environment[_MARK] = self.mark.removeprefix(f"{_MARK}=")
         environment.setdefault("OMP_NUM_THREADS", "1")  # parallelism comes from the number of workers
         await self._loop.subprocess_exec(
             lambda: self,
@@ -112,7 +112,12 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             pipe.close()
 
     def kill(self) -> None:
-        """SIGKILL to the process group, without another notice."""
+        """SIGKILL to the process group and whatever else the worker has started, without another notice."""
+        self.kill_group()
+        kill_started_with({self.mark})
+
+    def kill_group(self) -> None:
+        """SIGKILL to the process group alone, without another notice."""
         self._silence()
         self._kill_group()
 
@@ -192,19 +197,17 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         # The group may be empty already (macOS says EPERM while its leader is not reaped).
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._transport.get_pid(), signal.SIGKILL)
-        for process in _with_variable(f"{_MARK}={self._mark}"):
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
 
 
-def _with_variable(variable: str) -> list[int]:
-    """Processes that were started with this in their environment; none where there is no /proc."""
-    found = []
+def kill_started_with(variables: Collection[str], number: signal.Signals = signal.SIGKILL) -> None:
+    """A signal to the processes, but this one, that were started with one of these (NAME=VALUE) in their environment; to none where there is
+    no /proc. Reads all of /proc: once for many."""
+    wanted = {variable.encode() for variable in variables}
     for directory in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone meanwhile, or another user's
-            if variable.encode() in (directory / "environ").read_bytes().split(b"\0"):
-                found.append(int(directory.name))
-    return found
+            process = int(directory.name)
+            if process != os.getpid() and not wanted.isdisjoint((directory / "environ").read_bytes().split(b"\0")):
+                os.kill(process, number)
 
 
 def _describe_exit(code: int | None) -> str:
