@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 
 from grpo_worker.rewards.numbers import MAX_CHARACTERS, as_text, number_at, numbers, only_number
@@ -90,7 +90,22 @@ def test_what_is_not_one_number_is_none(text: str) -> None:
     assert number_at(text) is None or text in ("1 or 2", "1e9999")
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("\U0001d7ce", 0),
+        ("\u0661\u0662", 12),
+        ("12\u0663", 123),
+        ("\uff11.\uff15", Fraction(3, 2)),
+        ("\u0663/4", Fraction(3, 4)),
+    ],
+)
+def test_digits_of_other_scripts_are_digits(text: str, value: Fraction) -> None:
+    assert only_number(text) == value
+
+
 @given(some.text())
+@example("\U0001d7ce")
 def test_any_text_is_read_without_an_error(text: str) -> None:
     places = [(number.start, number.end) for number in numbers(text)]
     assert places == sorted(places)

@@ -95,6 +95,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
             return None
         value = Fraction(int(above), int(below)) + int(match["whole"] or match["latex_whole"] or 0)
     else:
-        value = Fraction(_SEPARATORS.sub("", match["decimal"].replace("\u2212", "-")))
+        # \d is a digit of any script, as int() reads them above; Fraction knows ours.
+        digits = "".join(
+            str(int(each)) if each.isdecimal() else each for each in match["decimal"].replace("\u2212", "-")
+        )
+        value = Fraction(_SEPARATORS.sub("", digits))
     negative = match["sign"] in ("-", "\u2212") or match["sign_inside"] in ("-", "\u2212")
     return -value if negative else value
