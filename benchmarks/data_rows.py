@@ -16,7 +16,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from benchmarks.peak import Peak
 
 PROMPT_LIMIT_TOKENS = 512
 WORDS = [
@@ -76,25 +77,10 @@ def make_tokenizer(path: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
-class OwnMemory:
-    """The most that this process had for itself while the block ran, MiB, sampled."""
-
-    def __enter__(self) -> "OwnMemory":
-        self.peak_mib = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._over.wait(0.02):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    self.peak_mib = max(self.peak_mib, int(line.split()[1]) / 1024)
+def own_memory_mib() -> float:
+    """What this process has for itself."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def ours(path: Path, tokenizer: Any, prompts: int) -> dict[str, float]:
@@ -132,10 +118,12 @@ def part(name: str, path: Path, prompts: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent)
-    with OwnMemory() as memory:
+    with Peak(own_memory_mib, 0.02) as memory:
         found = peer(path, tokenizer) if name == "datasets" else ours(path, tokenizer, prompts)
     print(
-        json.dumps({key: round(value, 2) for key, value in found.items()} | {"own_memory_mib": round(memory.peak_mib)})
+        json.dumps(
+            {key: round(value, 2) for key, value in found.items()} | {"own_memory_mib": round(memory.value or 0.0)}
+        )
     )
 
 

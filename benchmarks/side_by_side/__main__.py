@@ -20,13 +20,13 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import machine_facts
+from benchmarks.peak import Peak
 
 from . import inputs
 
@@ -145,28 +145,14 @@ def commands(
     return found
 
 
-class DeviceMemory:
-    """The most that the GPU's driver reports as used, MiB, sampled while the block runs; None without a GPU."""
-
-    def __enter__(self) -> "DeviceMemory":
-        self.peak_mib: float | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not self._over.wait(0.5):
-            try:
-                used = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.split()
-            except (OSError, subprocess.TimeoutExpired):
-                return
-            self.peak_mib = max([self.peak_mib or 0.0, *map(float, used)])
+def device_memory_mib() -> float | None:
+    """What the GPUs' driver reports as used, of the fullest; None without a GPU."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        used = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return max(map(float, used), default=0.0)
 
 
 def measure(command: list[str], directory: Path, limit_seconds: float) -> dict[str, Any]:
@@ -176,7 +162,7 @@ def measure(command: list[str], directory: Path, limit_seconds: float) -> dict[s
     lines = directory / ("run/metrics.jsonl" if (ours := "grpo_worker.cli.main" in command) else "curve.jsonl")
     first, started = None, time.monotonic()
     failure = ""
-    with (directory / "output.txt").open("wb") as output, DeviceMemory() as memory:
+    with (directory / "output.txt").open("wb") as output, Peak(device_memory_mib, 0.5) as memory:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None and not failure:
@@ -199,8 +185,8 @@ def measure(command: list[str], directory: Path, limit_seconds: float) -> dict[s
     result: dict[str, Any] = {"command": shlex.join(command), "steps": len(steps), "first_step_seconds": first}
     if failure:
         result["failure"] = failure
-    if memory.peak_mib is not None:
-        result["peak_device_gib"] = memory.peak_mib / 1024
+    if memory.value is not None:
+        result["peak_device_gib"] = memory.value / 1024
     names = ours_figures(steps) if ours else {name: name for name in FIGURES}
     for figure, name in names.items():
         if values := [step[name] for step in steps[1:] if step.get(name) is not None]:

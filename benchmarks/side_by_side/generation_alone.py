@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 from transformers import AutoTokenizer
 
+from benchmarks.side_by_side.inputs import add_batch
 from grpo_worker.config.actor import Model
 from grpo_worker.config.rollout import Rollout
 from grpo_worker.protocol.messages import Array, GenerateRequest, GroupResult, PromptRequest, Sampling
@@ -127,12 +128,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--prompts", type=int, default=64, help="a round")
-    parser.add_argument("--samples", type=int, default=8, help="a prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--response-tokens", type=int, default=64)
+    add_batch(parser, 128, 64)
     parser.add_argument("--no-log-probs", action="store_true")
-    parser.add_argument("--plain", action="store_true", help="prompts are text, not a chat")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
     parser.add_argument("--kv-cache-gib", type=float, help="in place of what is left of that share")
     parser.add_argument("--profile", action="store_true", help="of our engine only")

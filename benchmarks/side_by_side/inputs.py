@@ -38,6 +38,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def add_batch(parser: argparse.ArgumentParser, prompt_tokens: int, response_tokens: int) -> None:
+    """What every side is told of a step; the lengths are the defaults."""
+    parser.add_argument("--prompts", type=int, default=64, help="a step, or a round")
+    parser.add_argument("--samples", type=int, default=8, help="a prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=prompt_tokens)
+    parser.add_argument("--response-tokens", type=int, default=response_tokens)
+    parser.add_argument("--plain", action="store_true", help="prompts are text, not a chat")
+
+
 def noise(sample: Any) -> float:
     """A reward that no policy can learn: uniform in 0..1, whatever the answer is. Most texts of these models are alike (empty), and a reward
     by text would make groups of equal rewards, which one side skips and the other trains."""

@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.side_by_side.inputs import add_batch
 from grpo_worker.rewards.gsm8k import extract_number
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -95,13 +96,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--prompts", type=int, default=64, help="a step")
-    parser.add_argument("--samples", type=int, default=8, help="a prompt")
+    add_batch(parser, 128, 64)
     parser.add_argument("--micro-batch", type=int, default=128, help="sequences of a forward pass")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--reward", choices=REWARDS, default="right_number")
-    parser.add_argument("--plain", action="store_true", help="prompts are text, not a chat")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.1)
     parser.add_argument("--save", action="store_true")

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from transformers import AutoTokenizer
 
+from benchmarks.side_by_side.inputs import add_batch
 from grpo_worker.demo.tokenizer import VOCABULARY, build_tokenizer
+from grpo_worker.rewards.process import kill_started_with
 
 REWARD = '''"""A reward that no policy can learn: uniform in 0..1, whatever the answer is."""
 
@@ -156,12 +157,7 @@ def read(line: str) -> dict[str, Any] | None:
 def end(marker: str) -> None:
     """What the run has started and left: Ray's processes are in sessions of their own, and known by their environment."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if int(process.name) != os.getpid() and marker.encode() in (process / "environ").read_bytes().split(
-                    b"\0"
-                ):
-                    os.kill(int(process.name), number)
+        kill_started_with({marker}, number)
         time.sleep(2)
 
 
@@ -171,11 +167,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--prompts", type=int, default=64, help="a step")
-    parser.add_argument("--samples", type=int, default=8, help="a prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--response-tokens", type=int, default=512)
-    parser.add_argument("--plain", action="store_true", help="prompts are text, not a chat: the only kind that is made")
+    add_batch(parser, 32, 512)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--tokens", type=int, default=32768, help="of a micro-batch")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5)

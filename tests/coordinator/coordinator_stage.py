@@ -23,6 +23,7 @@ from grpo_worker.protocol.messages import (
     SaveRequest,
     SaveStatusReply,
     SaveStatusRequest,
+    TrainBatch,
     UpdateReply,
     UpdateRequest,
 )
@@ -107,6 +108,18 @@ class Stage:
             await asyncio.gather(*beats, return_exceptions=True)
             for one in everybody:
                 await one.stop()
+
+    def keep_batches(self) -> list[TrainBatch]:
+        """Of the updates that the trainer is asked for from now on."""
+        batches: list[TrainBatch] = []
+        update = self.trainer.update
+
+        def keep(request: UpdateRequest) -> Any:
+            batches.append(request.batch)
+            return update(request)
+
+        self.trainer.answers[UpdateRequest] = keep
+        return batches
 
     async def leave(self, one: Trainer | Engine) -> None:
         """It is gone: neither heartbeats nor a server any more."""

@@ -4,13 +4,11 @@ What is counted here is prompts: over engines that die, stops and resumes, each 
 """
 
 import asyncio
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
-import numpy as np
 import pytest
 from aiohttp import web
 from coordinator_helpers import TOKEN, Engine, answer, good, published
@@ -266,7 +264,6 @@ def agents(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("staleness", [0, 2])
 async def test_an_agents_prompts_are_trained_exactly_once_an_epoch(stage: Stage, agents: Path, staleness: int) -> None:
-    batches: list[Any] = []
     rollout = {"n": 2, "maxStaleness": staleness, "maxAttempts": 50, "agent": f"{agents}:two_turns", "agentOptions": {"hint": "+-"}}  # fmt: skip
     train = str(stage.root / "train.parquet")
     job = stage.job(
@@ -274,13 +271,7 @@ async def test_an_agents_prompts_are_trained_exactly_once_an_epoch(stage: Stage,
         data={"trainFiles": [train], "validationFiles": [train], "trainBatchSize": BATCH, "maxPromptLength": 16},
     )
     async with stage.members(Engine("rollout-0"), Engine("rollout-1", dies_now_and_then)):
-        update = stage.trainer.update
-
-        def keep(request: UpdateRequest) -> Any:
-            batches.append(request.batch)
-            return update(request)
-
-        stage.trainer.answers[UpdateRequest] = keep
+        batches = stage.keep_batches()
         await stage.train(job)
     assert once_an_epoch(stage.trained())
     for batch in batches:
@@ -442,46 +433,3 @@ async def test_prompts_in_place_of_filtered_ones_are_told_once_a_step(stage: Sta
     assert len(told) <= 2 * steps + 2
     assert sum(int(message.split(" prompts x")[0].split()[-1]) for message in told) == PROMPTS * 4
     assert any("in place of filtered and failed ones" in message for message in told)
-
-
-async def test_every_trajectory_is_kept_where_the_document_asks_for_it(stage: Stage) -> None:
-    import datasets
-
-    batches: list[Any] = []
-    train = str(stage.root / "train.parquet")
-    job = stage.job(
-        trainer={"rolloutDump": True, "testFreq": 2},
-        data={"trainFiles": [train], "validationFiles": [train], "trainBatchSize": BATCH, "maxPromptLength": 16},
-    )
-    async with stage.members(Engine("rollout-0")):
-        update = stage.trainer.update
-
-        def keep(request: UpdateRequest) -> Any:
-            batches.append(request.batch)
-            return update(request)
-
-        stage.trainer.answers[UpdateRequest] = keep
-        await stage.train(job)
-    files = sorted(path.name for path in (stage.root / "run" / "rollouts").iterdir())
-    steps = PROMPTS * EPOCHS // BATCH
-    assert [name for name in files if name.startswith("train")] == [
-        f"train-{step:06d}.parquet" for step in range(1, steps + 1)
-    ]
-    assert "validation-000000.parquet" in files and f"validation-{steps:06d}.parquet" in files
-    kept = datasets.load_dataset("parquet", data_files=str(stage.root / "run/rollouts/train-*.parquet"), split="train")
-    assert Counter(kept["uid"]) == Counter(dict.fromkeys(stage.trained(), 2))
-    for step, batch in enumerate(batches, 1):
-        rows = [row for row in kept if row["step"] == step]
-        tokens = [token for row in rows for token in (*row["prompt_token_ids"], *row["token_ids"])]
-        assert tokens == batch.token_ids.numpy().tolist()
-        lengths = batch.response_lengths.numpy()
-        advantages = np.split(batch.advantages.numpy(), np.cumsum(lengths)[:-1])
-        assert [row["advantage"] for row in rows] == pytest.approx(
-            [float(each.mean()) for each in advantages], abs=1e-6
-        )
-    first = kept[0]
-    assert first["outcome"] == "trained" and first["versions"] == [
-        {"version": 0, "start": 0, "end": len(first["token_ids"])}
-    ]
-    assert len(first["log_probs"]) == len(first["token_ids"]) and first["sampled"] is None
-    assert first["score"] is not None and first["ground_truth"]

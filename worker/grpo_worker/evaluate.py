@@ -13,11 +13,10 @@ from grpo_worker.config.actor import Model
 from grpo_worker.coordinator.build import dispatch_options, reward_pool
 from grpo_worker.coordinator.dispatch import DispatchOptions, prompt_request, samples_of
 from grpo_worker.coordinator.groups import Group
-from grpo_worker.coordinator.prompts import open_validation_prompts
+from grpo_worker.coordinator.prompts import open_tokenizer, open_validation_prompts
 from grpo_worker.coordinator.rollout_dump import RolloutDump
 from grpo_worker.coordinator.scoring import Scorer
 from grpo_worker.coordinator.validation import Validation, ValidationResult
-from grpo_worker.data.tokenizer import load_tokenizer
 from grpo_worker.errors import UsageError
 from grpo_worker.protocol.messages import GenerateRequest, GroupResult
 from grpo_worker.rollout.engine import RolloutEngine
@@ -70,9 +69,7 @@ def evaluate(spec: Spec, model: Path, dump: Path | None = None) -> dict[str, flo
 
 
 async def _evaluate(spec: Spec, model: Path) -> ValidationResult:
-    tokenizer = load_tokenizer(model)
-    if spec.data.chat_template.text:
-        tokenizer.tokenizer.chat_template = spec.data.chat_template.text
+    tokenizer = open_tokenizer(spec, model)
     prompts, _ = open_validation_prompts(spec, tokenizer.tokenizer)
     options = dispatch_options(spec, tokenizer)
     length = spec.rollout.context_tokens(spec.data.max_prompt_length, spec.data.max_response_length)

@@ -13,10 +13,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="check a GRPOJob",
         description="Print `valid` and the document with every value resolved, or every error; exit code 64.",
     )
-    validate.add_argument("file", help="the GRPOJob (YAML)")
-    validate.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field"
-    )
+    add_document(validate)
     validate.set_defaults(function=_validate)
     crd = commands.add_parser("crd", help="print the CustomResourceDefinition")
     crd.set_defaults(function=_crd)
@@ -25,6 +22,19 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "of", nargs="?", choices=["configuration", "metrics"], default="configuration", help="default: configuration"
     )
     docs.set_defaults(function=_docs)
+
+
+def add_document(parser: argparse.ArgumentParser) -> None:
+    """The arguments `file` and `--set` (`overrides`), as `load_job` takes them."""
+    parser.add_argument("file", help="the GRPOJob (YAML)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override a field, e.g. actor.optim.lr=1e-5",
+    )
 
 
 def _validate(options: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from grpo_worker.cli.job import add_document
+
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this module's commands."""
@@ -41,16 +43,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="validate a checkpoint without training",
         description="The document's validation of a checkpoint: its prompts, sampling (rollout.validation) and graders, one engine.",
     )
-    measure.add_argument("file", help="the GRPOJob (YAML)")
+    add_document(measure)
     measure.add_argument(
         "--checkpoint",
         type=Path,
         help="a checkpoint, a directory of checkpoints, a run, or a model; default model.path",
     )
     measure.add_argument("--data", nargs="+", metavar="FILE", help="in place of data.validationFiles")
-    measure.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a field"
-    )
     measure.add_argument("--dump", type=Path, metavar="DIR", help="also write the greedy answers, as Parquet")
     measure.add_argument("--json", action="store_true", help="print one JSON object")
     measure.set_defaults(function=_eval)

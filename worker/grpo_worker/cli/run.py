@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from grpo_worker.cli.job import add_document
 from grpo_worker.config import load_job
 from grpo_worker.errors import UsageError, YieldedError
 
@@ -16,15 +17,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="train a GRPOJob on this machine",
         description="Train a GRPOJob on this machine, without Kubernetes.",
     )
-    run.add_argument("file", help="the GRPOJob (YAML)")
-    run.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="override a field, e.g. actor.optim.lr=1e-5",
-    )
+    add_document(run)
     run.add_argument("--run-dir", type=Path, help="where logs, metrics and checkpoints go (default: runs/NAME)")
     run.add_argument(
         "--metrics", type=int, metavar="PORT", help="serve /metrics of all processes on this port, for Prometheus"

@@ -27,7 +27,7 @@ from grpo_worker.coordinator.member_client import MemberClient
 from grpo_worker.coordinator.members import Members
 from grpo_worker.coordinator.otlp import SpanExporter
 from grpo_worker.coordinator.progress import Progress
-from grpo_worker.coordinator.prompts import open_training_data, open_validation_prompts
+from grpo_worker.coordinator.prompts import open_tokenizer, open_training_data, open_validation_prompts
 from grpo_worker.coordinator.rollout_dump import RolloutDump
 from grpo_worker.coordinator.run_log import RunLog
 from grpo_worker.coordinator.run_state import check_same_model, describe_model
@@ -41,7 +41,7 @@ from grpo_worker.coordinator.validation import MakeDispatcher, OnDone, Validatio
 from grpo_worker.coordinator.weight_sync import WeightSync
 from grpo_worker.data.dataset import Prompt, PromptDataset, ScanReport
 from grpo_worker.data.order import Cursor
-from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer, stop_token_ids
+from grpo_worker.data.tokenizer import TokenizerInfo, stop_token_ids
 from grpo_worker.environment import RESUME
 from grpo_worker.functions import load_function
 from grpo_worker.metric_loggers import EventLog, StepFile, open_loggers, set_aside
@@ -159,11 +159,9 @@ def _estimator(name: str) -> AdvantageEstimator:
 
 def _open_data(spec: Spec, model: Path, events: EventLog) -> tuple[TokenizerInfo, PromptDataset, list[Prompt]]:
     """Read and tokenise everything once. Raises DataError."""
-    tokenizer = load_tokenizer(model)
+    tokenizer = open_tokenizer(spec, model)
     for note in tokenizer.notes:
         events.emit("warning", "Tokenizer", note)
-    if spec.data.chat_template.text:
-        tokenizer.tokenizer.chat_template = spec.data.chat_template.text
     data = open_training_data(spec, tokenizer.tokenizer)
     _tell_of_data(events, "Data", data.scan())
     validation_prompts, report = open_validation_prompts(spec, tokenizer.tokenizer)

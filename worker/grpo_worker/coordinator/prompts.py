@@ -5,6 +5,7 @@ Invariant: training prompts are iterated from a cursor; validation prompts are f
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,15 @@ from grpo_worker.data.dataset import Prompt, PromptDataset, ScanReport
 from grpo_worker.data.files import FunctionRows, open_files
 from grpo_worker.data.options import DataOptions
 from grpo_worker.data.tokenize import PromptEncoder
+from grpo_worker.data.tokenizer import TokenizerInfo, load_tokenizer
+
+
+def open_tokenizer(spec: Spec, model: Path) -> TokenizerInfo:
+    """The model's tokenizer, with the document's chat template where it has one. Raises DataError."""
+    info = load_tokenizer(model)
+    if spec.data.chat_template.text:
+        info.tokenizer.chat_template = spec.data.chat_template.text
+    return info
 
 
 def open_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:

@@ -6,8 +6,8 @@ them. Everything wrong with a schema is reported at once.
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,45 +54,82 @@ def keys_of_table(schema: pa.Schema, options: DataOptions, label: str, name: str
     twice = [column for column, count in Counter(schema.names).items() if count > 1]
     if twice:
         raise DataError(f"{label}: {name} has two columns named {twice[0]!r}. Rename or drop one.")
-    problems: list[str] = []
 
-    def column(role: str, key: str) -> tuple[Path, pa.DataType | None]:
-        found = _resolve(schema, key)
-        if found is None:
-            problems.append(_missing(schema.names, role, key, f"{label}: {name}", "columns"))
-            return (), None
-        wanted = _not_a_prompt(found[1]) if role == "prompt" else _not_a_ground_truth(found[1])
-        if wanted:
-            problems.append(
-                f"{label}: column {key!r} of {name} has type {found[1]}, not {wanted}. "
-                f"Write it as text, or set data.{role}Key to another column."
-            )
-        return found
+    def check(role: str, key: str, path: Path) -> str:
+        arrow_type = _type_at(schema, path)
+        wanted = _not_a_prompt(arrow_type) if role == "prompt" else _not_a_ground_truth(arrow_type)
+        return wanted and (
+            f"{label}: column {key!r} of {name} has type {arrow_type}, not {wanted}. "
+            f"Write it as text, or set data.{role}Key to another column."
+        )
 
-    prompt, _ = column("prompt", options.prompt_key)
-    reward, reward_type = column("reward", _reward_key(schema.names, options, lambda key: _resolve(schema, key)))
-    response = _response(schema.names, options, f"{label}: {name}", "columns", problems)
-    if problems:
-        raise DataError("\n".join(problems))
-    return Keys(prompt, reward, response, reward_type)
+    keys = _keys({field.name: _shape(field.type) for field in schema}, options, f"{label}: {name}", "columns", check)
+    return replace(keys, reward_type=_type_at(schema, keys.reward))
 
 
 def keys_of_rows(row: Mapping[str, Any], options: DataOptions, where: str) -> Keys:
     """Of rows that are dictionaries, by one of them, which `where` names. Raises DataError."""
+    return _keys(row, options, where, "keys", lambda role, key, path: "")
+
+
+def _keys(
+    row: Mapping[str, Any], options: DataOptions, where: str, noun: str, check: Callable[[str, str, Path], str]
+) -> Keys:
+    """
+    Args:
+        row: the names, structs as mappings below theirs.
+        noun: what `row` has: columns or keys.
+        check: what is wrong with the role, key and path that were found; empty for nothing.
+    """
     names, problems = [str(name) for name in row], []
 
-    def path(role: str, key: str) -> Path:
-        found = _path(row, key)
-        if found is None:
-            problems.append(_missing(names, role, key, where, "keys"))
-        return found or ()
+    def find(role: str, key: str) -> Path:
+        path = _path(row, key)
+        if problem := check(role, key, path) if path else _missing(names, role, key, where, noun):
+            problems.append(problem)
+        return path or ()
 
-    reward_key = _reward_key(names, options, lambda key: _path(row, key))
-    prompt, reward = path("prompt", options.prompt_key), path("reward", reward_key)
-    response = _response(names, options, where, "keys", problems)
+    prompt, reward = find("prompt", options.prompt_key), find("reward", _reward_key(row, options))
+    # Training reads no response, so it may be absent and of any type, unless it was asked for or only its case is wrong.
+    response = options.response_key
+    expected = response != DataOptions.response_key or any(name.lower() == response.lower() for name in names)
+    if expected and response not in names:
+        problems.append(_missing(names, "response", response, where, noun))
     if problems:
         raise DataError("\n".join(problems))
-    return Keys(prompt, reward, response)
+    return Keys(prompt, reward, (response,))
+
+
+def _reward_key(row: Mapping[str, Any], options: DataOptions) -> str:
+    """verl's struct is known by its name where no other key was asked for."""
+    key = options.reward_key
+    untouched = key == DataOptions.reward_key and key not in row
+    return VERL_GROUND_TRUTH if untouched and _path(row, VERL_GROUND_TRUTH) else key
+
+
+def _path(row: Mapping[str, Any], key: str) -> Path | None:
+    """A name with dots comes before what it would be a path to."""
+    if key in row:
+        return (key,)
+    path = tuple(key.split("."))
+    below: Any = row
+    for part in path:
+        if not isinstance(below, Mapping) or part not in below:
+            return None
+        below = below[part]
+    return path
+
+
+def _shape(arrow_type: pa.DataType) -> Any:
+    """Structs as mappings of their fields."""
+    return {field.name: _shape(field.type) for field in arrow_type} if pa.types.is_struct(arrow_type) else arrow_type
+
+
+def _type_at(schema: pa.Schema, path: Path) -> pa.DataType:
+    arrow_type = schema.field(path[0]).type
+    for name in path[1:]:
+        arrow_type = arrow_type.field(name).type
+    return arrow_type
 
 
 def _value(row: Mapping[str, Any], path: Path) -> Any:
@@ -119,49 +156,6 @@ def _as_stored(value: Any, arrow_type: pa.DataType) -> Any:
     if _is_list(arrow_type):
         return [_as_stored(each, arrow_type.value_type) for each in value]
     return value
-
-
-def _reward_key(names: Sequence[str], options: DataOptions, find: Any) -> str:
-    """verl's struct is known by its name where no other key was asked for."""
-    key = options.reward_key
-    untouched = key == DataOptions.reward_key and key not in names
-    return VERL_GROUND_TRUTH if untouched and find(VERL_GROUND_TRUTH) else key
-
-
-def _response(names: Sequence[str], options: DataOptions, where: str, noun: str, problems: list[str]) -> Path:
-    """Training reads no response, so it may be absent and of any type, unless it was asked for or only its case is wrong."""
-    key = options.response_key
-    expected = key != DataOptions.response_key or any(name.lower() == key.lower() for name in names)
-    if expected and key not in names:
-        problems.append(_missing(names, "response", key, where, noun))
-    return (key,)
-
-
-def _resolve(schema: pa.Schema, key: str) -> tuple[Path, pa.DataType] | None:
-    """A column whose own name has dots comes first."""
-    if key in schema.names:
-        return (key,), schema.field(key).type
-    name, *fields = key.split(".")
-    if not fields or name not in schema.names:
-        return None
-    arrow_type = schema.field(name).type
-    for field in fields:
-        if not pa.types.is_struct(arrow_type) or arrow_type.get_field_index(field) < 0:
-            return None
-        arrow_type = arrow_type.field(field).type
-    return (name, *fields), arrow_type
-
-
-def _path(row: Mapping[str, Any], key: str) -> Path | None:
-    if key in row:
-        return (key,)
-    path = tuple(key.split("."))
-    below: Any = row
-    for part in path:
-        if not isinstance(below, Mapping) or part not in below:
-            return None
-        below = below[part]
-    return path
 
 
 def _missing(names: Sequence[str], role: str, key: str, where: str, noun: str) -> str:

@@ -214,13 +214,10 @@ def _csv(path: Path, options: DataOptions, label: str, size: int, separator: str
 
 def _hub(name: str, options: DataOptions, label: str) -> Rows:
     """`hf://OWNER/NAME[:CONFIGURATION[:SPLIT]]`; the split is train unless it is named."""
-    import datasets
-
     repository, _, rest = name.removeprefix(HUB).partition(":")
     configuration, _, split = rest.partition(":")
     try:
-        datasets.disable_progress_bars()
-        data = datasets.load_dataset(repository, configuration or None, split=split or "train")
+        data = _library().load_dataset(repository, configuration or None, split=split or "train")
     except Exception as error:  # of the hub, the network, the repository's own files
         raise DataError(
             f"{label}: {name} cannot be loaded from the Hugging Face hub ({type(error).__name__}: {one_line(error)}). Check its name, "
@@ -232,18 +229,15 @@ def _hub(name: str, options: DataOptions, label: str) -> Rows:
 
 
 def _load(kind: str, path: Path, label: str, **options: Any) -> "Dataset":
-    import datasets
-
-    datasets.disable_progress_bars()
     status = path.stat()
     # The library knows a file by its path and time; by its size too, one that was written within a clock's tick is another.
     name, files = f"{status.st_size}-{status.st_mtime_ns}", {"train": [glob.escape(str(path.resolve()))]}
     try:
         if kind == "parquet":
-            builder = _parquet_builder()(config_name=name, data_files=files)
+            builder = _parquet_builder(_library())(config_name=name, data_files=files)
             builder.download_and_prepare()
             return builder.as_dataset("train")
-        return datasets.load_dataset(kind, name, data_files=files, split="train", **options)
+        return _library().load_dataset(kind, name, data_files=files, split="train", **options)
     except Exception as error:  # its own kinds, Arrow's, pandas'
         cause = error.__cause__ or error
         raise DataError(
@@ -251,16 +245,23 @@ def _load(kind: str, path: Path, label: str, **options: Any) -> "Dataset":
         ) from error
 
 
-def _parquet_builder() -> Any:
-    """As `datasets` reads Parquet, but not a whole row group at a time, which may be more than the memory, and more text than one Arrow array
-    can hold."""
+def _library() -> Any:
+    """`datasets`, which takes two seconds to import, without its bars on stderr."""
     import datasets
 
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _parquet_builder(datasets: Any) -> Any:
+    """As `datasets` reads Parquet, but not a whole row group at a time, which may be more than the memory, and more text than one Arrow array
+    can hold."""
+
     class ParquetRows(datasets.ArrowBasedBuilder):
-        def _info(self) -> datasets.DatasetInfo:
+        def _info(self) -> Any:
             return datasets.DatasetInfo()
 
-        def _split_generators(self, _: Any) -> list[datasets.SplitGenerator]:
+        def _split_generators(self, _: Any) -> list[Any]:
             return [datasets.SplitGenerator("train", {"path": self.config.data_files["train"][0]})]
 
         def _generate_tables(self, path: str) -> Iterator[tuple[int, pa.Table]]:
