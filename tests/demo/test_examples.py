@@ -15,6 +15,7 @@ FULL_SIZE = EXAMPLES / "qwen3-8b-gsm8k.yaml"
 # One of a pair that excludes the other, or a thing of the user's own.
 LEFT_OUT = {
     "data.dataset",
+    "data.chatTemplate.text",
     "actor.ppoMicroBatchSizePerGPU",
     "ref.logProbMicroBatchSizePerGPU",
     "rollout.logProbMicroBatchSizePerGPU",
